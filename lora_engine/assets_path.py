@@ -1,0 +1,24 @@
+"""Where the shipped files are: beside the packages in a checkout, inside the package in a wheel."""
+
+from pathlib import Path
+
+from lora_engine.errors import NotFoundError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def asset_path(name: str) -> Path:
+    """Path of `assets/<name>` ("base", "datasets/..."). Raises NotFoundError."""
+    for root in (_PACKAGE.parent / "assets", _PACKAGE / "_assets"):
+        path = root / name
+        if path.exists():
+            return path
+    raise NotFoundError(f"asset is {name!r}; allowed: a file that ships with the project.")
+
+
+def app_path() -> Path:
+    """Path of the dashboard's main script."""
+    for root in (_PACKAGE.parent / "app", _PACKAGE / "_app"):
+        if (root / "main.py").exists():
+            return root / "main.py"
+    raise NotFoundError("app is missing; allowed: an installation that ships the dashboard.")

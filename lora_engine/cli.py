@@ -1,0 +1,169 @@
+"""lora-explorer: the engine for shells and scripts. Each command is a function in `lora_engine.commands`.
+
+Exit codes: 0 done, 1 the work failed, 2 the request is wrong (one line on standard error)."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lora_engine import __version__
+from lora_engine.config import DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS
+from lora_engine.errors import ConfigError, InputError, LoraExplorerError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line; argparse's own usage dump is not."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+
+def list_of(kind: Callable[[str], Any], name: str) -> Callable[[str], tuple[Any, ...]]:
+    """argparse type: "1,2,4" -> (1, 2, 4)."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text!r}; allowed: {name} separated by commas") from None
+
+    return parse
+
+
+INTEGERS = list_of(int, "whole numbers")
+NUMBERS = list_of(float, "numbers")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, as in the README."""
+    parser = _Parser(prog="lora-explorer", description="See what a LoRA rank costs and what it buys.")
+    parser.add_argument("--version", action="version", version=f"lora-explorer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    common.add_argument("--home", type=Path, help="where runs are kept (default: LORA_EXPLORER_HOME)")
+
+    method = argparse.ArgumentParser(add_help=False)
+    method.add_argument("--method", default="lora", choices=tuple(METHOD_CONFIGS))
+    method.add_argument("--r", type=int, default=8, help="rank")
+    method.add_argument("--alpha", type=float, help="scaling numerator (default: twice the rank)")
+    method.add_argument(
+        "--targets", default="all-linear", help="attention, mlp, all-linear, names separated by commas, or a regex"
+    )
+    method.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
+
+    loop = argparse.ArgumentParser(add_help=False)
+    loop.add_argument("--data", required=True, help="a .txt .md .csv .tsv .json .jsonl or .parquet file")
+    loop.add_argument("--steps", type=int, default=60)
+    loop.add_argument("--batch", type=int, default=8, help="sequences a step")
+    loop.add_argument("--seq", type=int, default=128, help="tokens a sequence, at most")
+    loop.add_argument("--precision", default="fp32", choices=TRAINABLE_PRECISIONS)
+    loop.add_argument("--device", default="auto", choices=DEVICES)
+
+    def add(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common, *parents])
+
+    sub = add("app", "open the dashboard")
+    sub.add_argument("--port", type=int, default=8501)
+    sub.add_argument("--no-browser", action="store_true", help="serve without opening a browser")
+
+    sub = add("count", "count trainable parameters", method)
+    sub.add_argument("model", nargs="?", default="embedded")
+    sub.add_argument("--dora", action="store_true", help="count DoRA's magnitudes too")
+
+    sub = add("memory", "estimate memory for training and inference", method)
+    sub.add_argument("model", nargs="?", default="embedded")
+    sub.add_argument("--precision", default="bf16", choices=PRECISIONS)
+    sub.add_argument("--batch", type=int, default=1)
+    sub.add_argument("--seq", type=int, default=512)
+    sub.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
+    sub.add_argument("--checkpointing", action="store_true")
+    sub.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+
+    sub = add("data", "check a dataset: what is kept, what is trained on")
+    sub.add_argument("file")
+    sub.add_argument("--model", default="embedded")
+    sub.add_argument("--seq", type=int, default=128)
+
+    sub = add("train", "fine-tune once", method, loop)
+    sub.add_argument("model", nargs="?", default="embedded")
+    sub.add_argument("--lr", type=float, help="learning rate (default: 3e-3, full fine-tuning 3e-4)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = add("sweep", "train a grid of r, alpha, learning rate and seed", loop)
+    sub.add_argument("model", nargs="?", default="embedded")
+    sub.add_argument("--r", type=INTEGERS, default=(1, 2, 4, 8))
+    sub.add_argument("--alpha", type=NUMBERS, default=(8.0, 16.0))
+    sub.add_argument("--lr", type=NUMBERS, default=(3e-3,))
+    sub.add_argument("--seeds", type=INTEGERS, default=(0, 1))
+    sub.add_argument("--targets", default="all-linear")
+    sub.add_argument("--rslora", action="store_true")
+    sub.add_argument("--executor", default="local", choices=("local",))
+
+    sub = add("generate", "continue a prompt with a trained run")
+    sub.add_argument("run")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--scale", type=float, default=1.0, help="0 is the base model, 1 the adapted one")
+    sub.add_argument("--max-tokens", type=int, default=48)
+    sub.add_argument("--temperature", type=float, default=0.0)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--eval", action="store_true", help="also give the evaluation loss at this scale")
+
+    sub = add("runs", "list, show, cancel, resume or delete runs")
+    sub.add_argument("action", nargs="?", default="list", choices=("list", "show", "cancel", "resume", "delete"))
+    sub.add_argument("run", nargs="?")
+
+    sub = add("pretrain", "pretrain a small base model from a folder of text")
+    sub.add_argument("--corpus", type=Path, required=True)
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--tokens", type=int, default=36_000_000)
+    sub.add_argument("--hidden", type=int, default=192)
+    sub.add_argument("--layers", type=int, default=6)
+    sub.add_argument("--optimizer", default="muon", choices=("muon", "adamw"))
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--device", default="auto", choices=DEVICES)
+    sub.add_argument("--fp32", action="store_true", help="compute in float32 instead of bfloat16")
+    sub.add_argument("--compile", action="store_true", help="compile the step; needs a C++ compiler")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.home is not None:
+        os.environ["LORA_EXPLORER_HOME"] = str(arguments.home)
+    from lora_engine import commands
+
+    try:
+        payload, text = getattr(commands, arguments.command)(arguments)
+    except InputError as error:
+        return _fail(2, arguments.command, error)
+    except LoraExplorerError as error:
+        return _fail(1, arguments.command, error)
+    except KeyboardInterrupt:
+        return _fail(1, arguments.command, "stopped.")
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        return _fail(2, arguments.command, f"{error.filename or 'file'}: {error.strerror}.")
+    if payload is not None:
+        print(json.dumps(payload, allow_nan=False, default=str) if arguments.json else text)
+        return 1 if payload.get("status") == "failed" else 0
+    return 0
+
+
+def _fail(code: int, command: str, error: object) -> int:
+    line = " ".join(str(error).split())
+    if isinstance(error, ConfigError):
+        line = line.replace("lora_alpha is", "alpha is")
+    print(f"lora-explorer {command}: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,6 @@
+"""Files that other tools load."""
+
+from lora_engine.export.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, save_adapter
+from lora_engine.export.weights import save_trained
+
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "load_adapter", "save_adapter", "save_trained"]

@@ -1,0 +1,86 @@
+"""LoRA adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_engine.calc import select_modules
+from lora_engine.config import LoraConfig
+from lora_engine.errors import NotFoundError, TargetError
+from lora_engine.methods import lora
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# PEFT wraps a model twice (PeftModel.base_model, LoraModel.model); its keys carry both names.
+_PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, config: LoraConfig, *, base_model: str, out: Path) -> Path:
+    """Write the adapter of `model` into folder `out` (peft/utils/save_and_load.py); returns `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = {_PREFIX + name: value.contiguous().cpu() for name, value in lora.state_dict(model).items()}
+    save_file(state, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    layers = lora.lora_layers(model)
+    facts: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "target_modules": _short_targets(list(layers), _linear_names(model)),
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    (out / ADAPTER_CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
+    return out
+
+
+def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
+    """Inject the adapter in `folder` into `model`, in place; returns its config.
+
+    Raises NotFoundError when a file is missing, TargetError when it was made for another model."""
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise NotFoundError(f"adapter is {str(folder)!r}; allowed: a folder that holds {name}.")
+    facts = json.loads((folder / ADAPTER_CONFIG).read_text())
+    targets = facts["target_modules"]
+    config = LoraConfig(
+        r=facts["r"],
+        lora_alpha=facts["lora_alpha"],
+        lora_dropout=facts.get("lora_dropout", 0.0),
+        use_rslora=facts.get("use_rslora", False),
+        use_dora=facts.get("use_dora", False),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+    )
+    lora.inject(model, config)
+    state = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / ADAPTER_WEIGHTS).items()}
+    try:
+        lora.load_state_dict(model, state)
+    except (KeyError, RuntimeError) as error:
+        raise TargetError(f"adapter is {str(folder)!r}; it was made for another base model ({error}).") from error
+    return config
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+
+
+def _short_targets(adapted: list[str], names: list[str]) -> list[str]:
+    """The last names of the adapted modules where these say it exactly, else their full names."""
+    short = sorted({name.rpartition(".")[2] for name in adapted})
+    return short if sorted(select_modules(names, short)) == sorted(adapted) else adapted

@@ -1,0 +1,213 @@
+"""LoRA in torch: frozen Linear or Conv1D plus a trained low-rank branch, fused in one autograd node.
+
+Initial values and merges come from `lora_engine.core`, so there is one definition of LoRA; saved
+names are PEFT's (`lora_A.weight`, `lora_B.weight`).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_engine import core
+from lora_engine.calc import select_modules
+from lora_engine.config import LoraConfig
+from lora_engine.errors import ConfigError, TargetError
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """h = x W0^T + bias + s (x A^T) B^T with W0 frozen (core.forward and core.backward).
+
+    One node instead of five: x is saved once, beside the (rows, r) product x A^T; no gradient of
+    W0 is ever formed and the two products of each direction are added in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    ) -> Tensor:
+        # x (..., in), weight (out, in), A (r, in), B (out, r)
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ A.t()
+        h = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        h.addmm_(low, B.t(), alpha=scaling)
+        ctx.save_for_backward(rows, low, weight, A, B)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return h.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        rows, low, weight, A, B = ctx.saved_tensors
+        g = grads[0].reshape(-1, weight.shape[0])
+        g_low = (g @ B).mul_(ctx.scaling)
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (g @ weight).addmm_(g_low, A).view(ctx.shape)
+        if ctx.needs_input_grad[3]:
+            grad_A = g_low.t() @ rows
+        if ctx.needs_input_grad[4]:
+            grad_B = (g.t() @ low).mul_(ctx.scaling)
+        return grad_x, None, None, grad_A, grad_B, None
+
+
+class LoraLayer(nn.Module):
+    """`base_layer` with its low-rank branch; stands where the base layer stood.
+
+    The adapter is float32 whatever the base; products run in the dtype of the activations, so a
+    half-precision base saves no float32 copy of them."""
+
+    def __init__(self, base_layer: nn.Module, config: LoraConfig, *, name: str, seed: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _features(base_layer)
+        weight: Any = base_layer.weight
+        A = core.init_A(config.r, self.in_features, seed=seed, name=name)
+        B = core.init_B(self.out_features, config.r)
+        self.lora_A = _Factor(A, weight.device)
+        self.lora_B = _Factor(B, weight.device)
+        self.scaling = core.scaling_factor(config.r, config.lora_alpha, use_rslora=config.use_rslora)
+        self.scale = 1.0
+        self.lora_dropout = config.lora_dropout
+        self.base_weight: Tensor | None = None
+
+    @property
+    def merged(self) -> bool:
+        return self.base_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged or self.scale == 0.0:
+            base: Tensor = self.base_layer(x)
+            return base
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        base_layer: Any = self.base_layer
+        weight = base_layer.weight.t() if isinstance(base_layer, Conv1D) else base_layer.weight
+        bias = None if base_layer.bias is None else base_layer.bias.to(dtype)
+        A, B = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
+        x, weight, scaling = x.to(dtype), weight.to(dtype), self.scaling * self.scale
+        with torch.autocast(x.device.type, enabled=False):
+            if self.lora_dropout and self.training:
+                dropped = nn.functional.dropout(x, self.lora_dropout)
+                return nn.functional.linear(x, weight, bias) + scaling * ((dropped @ A.t()) @ B.t())
+            h: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
+            return h
+
+    def delta_W(self) -> Tensor:
+        """(out_features, in_features), in float32."""
+        update = core.delta_W(_numpy(self.lora_A.weight), _numpy(self.lora_B.weight), self.scaling * self.scale)
+        return torch.from_numpy(update)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W0 + delta_W into the base layer; W0 is kept aside, so unmerge restores every bit."""
+        if self.merged:
+            return
+        weight: Any = self.base_layer.weight
+        self.base_weight = weight.detach().to("cpu", copy=True)
+        update = self.delta_W().t() if isinstance(self.base_layer, Conv1D) else self.delta_W()
+        weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.base_weight is None:
+            return
+        weight: Any = self.base_layer.weight
+        weight.copy_(self.base_weight)
+        self.base_weight = None
+
+
+class _Factor(nn.Module):
+    """Holds one factor, so that its saved name is PEFT's `lora_A.weight`."""
+
+    def __init__(self, values: np.ndarray, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.from_numpy(values).to(device))
+
+
+def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> nn.Module:
+    """Freeze `model` and put a LoraLayer in the place of every target, in place.
+
+    Raises TargetError when the targets match no Linear or Conv1D, ConfigError for what this
+    implementation does not train."""
+    if config.use_dora:
+        raise ConfigError("use_dora", True, "False when training; DoRA is counted, not trained yet")
+    model.requires_grad_(False)
+    for name in target_names(model, config):
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, child, LoraLayer(model.get_submodule(name), config, name=name, seed=seed))
+    return model
+
+
+def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Full dotted names of the modules that `config` adapts, in the model's order."""
+    head = _output_head_name(model)
+    everything = [name for name, _ in model.named_modules() if name]
+    fitting = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if config.target_modules in ("all-linear", "attention", "mlp"):
+        return select_modules([n for n in everything if n in fitting], config.target_modules, output_head=head)
+    chosen = select_modules(everything, config.target_modules, output_head=head)
+    unfit = [name for name in chosen if name not in fitting]
+    if unfit:
+        kind = type(model.get_submodule(unfit[0])).__name__
+        raise TargetError(f"target_modules matches {unfit[0]!r}, a {kind}; allowed: Linear and Conv1D modules.")
+    return chosen
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Every LoraLayer by its full dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """`<module>.lora_A.weight` and `<module>.lora_B.weight` of every adapted module."""
+    state = {}
+    for name, layer in lora_layers(model).items():
+        state[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
+        state[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
+    return state
+
+
+@torch.no_grad()
+def load_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy `state` into the adapters. Raises KeyError when a factor is missing."""
+    for name, layer in lora_layers(model).items():
+        layer.lora_A.weight.copy_(state[f"{name}.lora_A.weight"])
+        layer.lora_B.weight.copy_(state[f"{name}.lora_B.weight"])
+
+
+def merge(model: nn.Module) -> None:
+    """Add every update to its base weight; inference then costs what the base costs."""
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore every base weight bit for bit."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def set_scale(model: nn.Module, scale: float) -> None:
+    """The dial: 0 is the base model bit for bit, 1 the trained one."""
+    for layer in lora_layers(model).values():
+        layer.scale = scale
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, Conv1D):  # GPT-2 stores (in, out)
+        rows, columns = layer.weight.shape
+        return int(rows), int(columns)
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
+
+
+def _output_head_name(model: nn.Module) -> str | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    values: np.ndarray = tensor.detach().float().cpu().numpy()
+    return values

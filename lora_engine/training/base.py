@@ -1,0 +1,101 @@
+"""Base models: found, checked, loaded. Safetensors only, never remote code."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_engine.assets_path import asset_path
+from lora_engine.config import TrainConfig
+from lora_engine.errors import ConfigError, ModelLoadError
+
+_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a precision setting is carried out: `weights` as stored, `compute` under autocast (None: as
+    stored), `scaled` for float16's loss scaling (Micikevicius et al. 2018, section 3.2)."""
+
+    weights: torch.dtype
+    compute: torch.dtype | None
+    scaled: bool
+
+
+PRECISION_PLANS = {
+    "fp32": Precision(torch.float32, None, False),
+    "bf16": Precision(torch.bfloat16, None, False),
+    "fp16": Precision(torch.float16, None, True),
+    "mixed-bf16": Precision(torch.float32, torch.bfloat16, False),
+    "mixed-fp16": Precision(torch.float32, torch.float16, True),
+}
+
+
+def resolve_model(model: str) -> Path:
+    """Folder of "embedded", of a local folder, or of a hub id (downloaded once, when there is a network).
+
+    Raises ModelLoadError."""
+    if model == "embedded":
+        return asset_path("base")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _checked(folder.resolve())
+    if folder.exists():
+        raise ModelLoadError(f"model is {model!r}, a file; allowed: embedded, a folder, or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return _checked(Path(snapshot_download(model, allow_patterns=_FILES)))
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        why = type(error).__name__
+        raise ModelLoadError(
+            f"model is {model!r}; it is no folder here and could not be downloaded ({why}); "
+            "allowed: embedded, a folder with config.json and safetensors, or a hub id while there is a network."
+        ) from error
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"model is {str(folder)!r}; allowed: a folder that holds config.json.")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelLoadError(f"model is {str(folder)!r}; allowed: a folder with *.safetensors (pickled weights are refused).")
+    return folder
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" takes CUDA, then MPS, then the CPU. Raises ConfigError for a device that is not here."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    if not available[device]:
+        here = ", ".join(name for name, ok in available.items() if ok)
+        raise ConfigError("device", device, f"auto, {here} on this machine")
+    return torch.device(device)
+
+
+def load_base(folder: Path, train: TrainConfig, device: torch.device) -> Any:
+    """The causal language model in `folder`, on `device`, in the dtype of `train.precision`.
+
+    Raises ModelLoadError when transformers cannot load it, ConfigError when its context is too short."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    plan = PRECISION_PLANS[train.precision]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=plan.weights, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelLoadError(f"model is {folder.name!r}; transformers could not load it: {reason}") from error
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and train.max_length > context:
+        raise ConfigError("max_length", train.max_length, f"at most {context}, the context of this model")
+    if train.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # A frozen embedding gives checkpointed layers no input that needs a gradient.
+        model.enable_input_require_grads()
+    return model.to(device)

@@ -1,0 +1,55 @@
+"""Encoded examples to tensors, in an order that depends on (seed, step) alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_engine.data import Encoded
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids and labels (sequences, length); labels are -100 where nothing is trained.
+
+    Rows are padded on the right, where causal attention never looks, so no attention mask is needed."""
+
+    input_ids: Tensor
+    labels: Tensor
+    num_tokens: int
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+
+def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:
+    """Pad `rows` on the right to the longest, rounded up to 8."""
+    longest = max(len(row.input_ids) for row in rows)
+    length = -(-longest // 8) * 8
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
+        labels[i, : len(row.labels)] = torch.as_tensor(row.labels)
+    num_tokens = sum(len(row.input_ids) for row in rows)
+    return Batch(input_ids.to(device), labels.to(device), num_tokens)
+
+
+def rows_of_step(num_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Indices of the rows of micro-step `step` (from 0): a new permutation each time round.
+
+    A function of its arguments alone, so a resumed run sees what the interrupted one would have."""
+    picked: list[int] = []
+    position = step * batch_size
+    while len(picked) < batch_size:
+        epoch, offset = divmod(position, num_rows)
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+        taken = order[offset : offset + batch_size - len(picked)].tolist()
+        picked += taken
+        position += len(taken)
+    return picked

@@ -1,0 +1,42 @@
+"""Short continuations, for the text before and after."""
+
+from typing import Any
+
+import torch
+
+from lora_engine.data import TextTokenizer
+
+
+@torch.no_grad()
+def generate_text(
+    model: Any,
+    tokenizer: TextTokenizer,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int = 48,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """What `model` says after `prompt_ids`: greedy at temperature 0, else sampled from `seed`."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    kept = prompt_ids[-max(1, context - max_new_tokens) :] or [tokenizer.eos_id or 0]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([kept], device=device)
+    out: list[int] = []
+    past = None
+    for _ in range(min(max_new_tokens, context - len(kept))):
+        result = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        logits = result.logits[0, -1].float().cpu()
+        if temperature > 0:
+            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        if token == tokenizer.eos_id:
+            break
+        out.append(token)
+        past, ids = result.past_key_values, torch.tensor([[token]], device=device)
+    model.train(was_training)
+    return tokenizer.decode(out)

@@ -1,0 +1,42 @@
+"""Cross-entropy on the labelled rows only, taken before the output head where the model allows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.training.batches import IGNORED, Batch
+
+# Models whose logits are lm_head(last hidden state) and nothing more. Others scale or cap their
+# logits (Gemma 2, Cohere, Granite) or project before the head; they go through their own forward.
+_PLAIN_HEAD = {"llama", "mistral", "qwen2", "qwen3", "phi3", "phi", "gpt2", "gpt_neox", "gemma", "smollm3", "olmo2"}
+
+
+def labelled_loss_sum(model: Any, batch: Batch) -> Tensor:
+    """Sum of -log p(label) in nats over the labelled tokens, float32 scalar.
+
+    Half-masked prompts with a large vocabulary make the head the dearest layer; dropping unlabelled
+    rows before it skips that work and the memory of their logits."""
+    targets = batch.labels[:, 1:]
+    labelled = targets != IGNORED
+    if model.config.model_type in _PLAIN_HEAD:
+        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[:, :-1][labelled])
+    else:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][labelled]
+    return nn.functional.cross_entropy(logits.float(), targets[labelled], reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(model: Any, batches: list[Batch]) -> float:
+    """Mean loss in nats per labelled token over `batches`, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        num = batch.num_labels
+        if num:
+            total += float(labelled_loss_sum(model, batch))
+            count += num
+    model.train(was_training)
+    return total / count if count else float("nan")

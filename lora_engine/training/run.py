@@ -1,0 +1,117 @@
+"""One run from its config to its result: data, base, method, loop, samples, files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_engine import export
+from lora_engine.config import DataConfig, RunConfig
+from lora_engine.data import (
+    Dataset,
+    Encoded,
+    TextTokenizer,
+    encode_examples,
+    load_tokenizer,
+    read_dataset,
+    render_prompt,
+    split_examples,
+)
+from lora_engine.errors import DataError
+from lora_engine.methods import inject, trainable_parameters
+from lora_engine.training.base import load_base, resolve_device, resolve_model
+from lora_engine.training.batches import IGNORED
+from lora_engine.training.generate import generate_text
+from lora_engine.training.loop import Callbacks, LoopState, train
+
+CHECKPOINT = "checkpoint.safetensors"
+ADAPTER = "adapter"
+SAMPLE_TOKENS = 48
+
+
+def load_rows(data: DataConfig, tokenizer: TextTokenizer, max_length: int) -> tuple[Dataset, list[Encoded], list[Encoded]]:
+    """(dataset, train rows, evaluation rows). Raises DataError when a side trains on nothing."""
+    dataset = read_dataset(data.path, task=data.task, columns=data.columns, encoding=data.encoding)
+    sides = split_examples(dataset.examples, data.eval_share, data.split_seed)
+    train_rows, eval_rows = (
+        [row for row in encode_examples(side, tokenizer, max_length) if any(t != IGNORED for t in row.labels[1:])]
+        for side in sides
+    )
+    if not train_rows or not eval_rows:
+        raise DataError(
+            f"max_length is {max_length}; no row keeps a trained token within it: shorten the prompts or raise max_length."
+        )
+    return dataset, train_rows, eval_rows
+
+
+def sample_prompt(config: RunConfig, dataset: Dataset, eval_rows: list[Encoded], tokenizer: TextTokenizer) -> list[int]:
+    """Token ids that the before/after sample continues."""
+    if config.prompt:
+        return tokenizer.encode(render_prompt(config.prompt, tokenizer, dataset.task))
+    row = eval_rows[0]
+    first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
+    return row.input_ids[: first or min(24, len(row.input_ids) // 2)]
+
+
+def execute_run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    callbacks: Callbacks | None = None,
+    note: Callable[[str], None] = lambda _text: None,
+) -> tuple[LoopState, dict[str, Any]]:
+    """Do the run in `folder` (checkpoint, adapter); (state, result), the result empty when it was stopped.
+
+    Raises InputError for what the request got wrong."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note("reading the data")
+    device = resolve_device(config.train.device)
+    base_folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(base_folder)
+    dataset, train_rows, eval_rows = load_rows(config.data, tokenizer, config.train.max_length)
+    prompt_ids = sample_prompt(config, dataset, eval_rows, tokenizer)
+
+    note("loading the base model")
+    model = load_base(base_folder, config.train, device)
+    total = sum(p.numel() for p in model.parameters())
+    before = generate_text(model, tokenizer, prompt_ids, max_new_tokens=SAMPLE_TOKENS)
+    model = inject(model, config.method, seed=config.train.seed)
+    trainable = sum(p.numel() for p in trainable_parameters(model))
+
+    note("training")
+    state = train(
+        model,
+        train_rows,
+        eval_rows,
+        config.train,
+        pad_id=tokenizer.pad_id,
+        checkpoint=folder / CHECKPOINT,
+        callbacks=callbacks,
+    )
+    if state.stopped:
+        return state, {}
+
+    note("writing a sample and the adapter")
+    after = generate_text(model, tokenizer, prompt_ids, max_new_tokens=SAMPLE_TOKENS)
+    adapter_bytes = export.save_trained(
+        model, config.method, base_model=config.model, base_folder=base_folder, out=folder / ADAPTER
+    )
+    return state, {
+        "method": config.method.method,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "eval_loss_before": state.eval_loss_before,
+        "eval_loss_after": state.eval_loss_after,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "step_seconds": state.seconds / max(1, state.step),
+        "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+        "peak_bytes": state.peak_bytes,
+        "peak_kind": state.peak_kind,
+        "reserved_bytes": state.reserved_bytes,
+        "adapter_bytes": adapter_bytes,
+        "adapter_path": ADAPTER,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "sample": {"prompt": tokenizer.decode(prompt_ids), "before": before, "after": after},
+    }

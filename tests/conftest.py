@@ -1,0 +1,23 @@
+"""Shared fixtures: an empty home for every test, tiny models made on the spot."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch is imported: two small threads beat a crowd on a small machine.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "app"))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty LORA_EXPLORER_HOME."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("LORA_EXPLORER_HOME", str(folder))
+    return folder
