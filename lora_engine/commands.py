@@ -167,9 +167,7 @@ def sweep(arguments: argparse.Namespace) -> Output:
         method=LoraConfig(target_modules=parse_targets(arguments.targets), use_rslora=arguments.rslora),
         train=_loop(arguments, lr=LORA_LR, seed=0),
     )
-    spec = SweepSpec(
-        base=base, rs=arguments.r, lora_alphas=arguments.alpha, lrs=arguments.lr, seeds=arguments.seeds
-    )
+    spec = SweepSpec(base=base, rs=arguments.r, lora_alphas=arguments.alpha, lrs=arguments.lr, seeds=arguments.seeds)
     executor = LocalExecutor(ledger.home)
     began = time.monotonic()
     sweep_id = start_sweep(ledger, spec, executor, predict_run)
@@ -370,9 +368,7 @@ def _model_folder(model: str) -> Path:
     return resolve_model(model)
 
 
-def _follow(
-    ledger: Ledger, run_ids: list[str], *, quiet: bool, cancel: Callable[[str], None]
-) -> list[RunRecord]:
+def _follow(ledger: Ledger, run_ids: list[str], *, quiet: bool, cancel: Callable[[str], None]) -> list[RunRecord]:
     """Wait for the runs, with a progress bar on standard error; Ctrl-C cancels them."""
     from tqdm import tqdm
 

@@ -54,9 +54,7 @@ def forward(x: Array, W0: Array, A: Array, B: Array, scaling: float, bias: Array
     return h if bias is None else h + bias
 
 
-def backward(
-    grad_h: Array, x: Array, W0: Array, A: Array, B: Array, scaling: float
-) -> tuple[Array, Array, Array]:
+def backward(grad_h: Array, x: Array, W0: Array, A: Array, B: Array, scaling: float) -> tuple[Array, Array, Array]:
     """(grad_x, grad_A, grad_B) of `forward` for grad_h (..., out_features); W0 is frozen.
 
     grad_x = grad_h W0 + s (grad_h B) A,  grad_A = s (grad_h B)^T x,  grad_B = s grad_h^T (x A^T),

@@ -63,7 +63,9 @@ def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"model is {str(folder)!r}; allowed: a folder that holds config.json.")
     if not list(folder.glob("*.safetensors")):
-        raise ModelLoadError(f"model is {str(folder)!r}; allowed: a folder with *.safetensors (pickled weights are refused).")
+        raise ModelLoadError(
+            f"model is {str(folder)!r}; allowed: a folder with *.safetensors (pickled weights are refused)."
+        )
     return folder
 
 

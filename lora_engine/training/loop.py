@@ -97,9 +97,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=plan.scaled)
     if checkpoint and checkpoint.exists():
         state = _restore(checkpoint, named, optimizer, scaler)
-    autocast = (
-        torch.autocast(device.type, plan.compute) if plan.compute is not None else contextlib.nullcontext()
-    )
+    autocast = torch.autocast(device.type, plan.compute) if plan.compute is not None else contextlib.nullcontext()
     memory = PeakMemory(model, optimizer, device)
     eval_batches = [
         make_batch(eval_rows[i : i + config.batch_size], pad_id, device)
@@ -138,9 +136,7 @@ def train(
         state.tokens += sum(batch.num_tokens for batch in batches)
         state.seconds += time.perf_counter() - began
         state.peak_bytes = max(state.peak_bytes, memory.peak_bytes)
-        callbacks.on_step(
-            StepReport(state.step, loss, lr_at(config, step), grad_norm, state.tokens, state.seconds)
-        )
+        callbacks.on_step(StepReport(state.step, loss, lr_at(config, step), grad_norm, state.tokens, state.seconds))
         if state.step % eval_every == 0 and state.step < config.steps:
             run_eval(state.step)
         if checkpoint and state.step % config.checkpoint_every == 0 and state.step < config.steps:

@@ -7,7 +7,6 @@ order of the data is a function of (seed, step), so a run resumes from its last 
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_engine.errors import ConfigError, DataError
+from lora_engine.training.checkpoint import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
+
+CHECKPOINT = "checkpoint.safetensors"
 
 END, PAD, USER, ASSISTANT = "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = [END, PAD, USER, ASSISTANT]
@@ -279,14 +280,10 @@ def pretrain(
 
     model: Any = build_model(config).to(device)
     optimizers = build_optimizers(model, config)
-    state_path = out / "pretrain.pt"
+    state_path = out / CHECKPOINT
     start, curve, seconds = 0, [], 0.0
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start, curve, seconds = state["step"], state["curve"], state["seconds"]
+        start, curve, seconds = _restore(state_path, model, optimizers)
 
     step_loss = torch.compile(next_token_loss, dynamic=False) if compile_model else next_token_loss
     began = time.perf_counter()
@@ -318,14 +315,8 @@ def pretrain(
                 }
             )
             loss_sum = 0.0
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "step": step + 1,
-                "curve": curve,
-                "seconds": seconds + time.perf_counter() - began,
-            }
-            _write_then_rename(state_path, lambda path, state=state: torch.save(state, path))
+            facts = {"step": step + 1, "curve": curve, "seconds": seconds + time.perf_counter() - began}
+            save_tensors(state_path, _state_tensors(model, optimizers), facts)
 
     half_weights = {
         name: value.detach().to("cpu", torch.float16).contiguous()
@@ -362,13 +353,25 @@ def save_folder(out: Path, model: Any, weights: dict[str, torch.Tensor], result:
         "chat_template": CHAT_TEMPLATE,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1) + "\n")
-    _write_then_rename(out / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    save_tensors(out / "model.safetensors", weights, {"tokens": result["tokens"]})
     (out / "pretrain.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _write_then_rename(path: Path, write: Callable[[Path], None]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as handle:
-        os.fsync(handle.fileno())
-    partial.replace(path)
+def _state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    tensors = {f"parameter.{name}": p for name, p in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        tensors |= {f"{i}.{name}": value for name, value in optimizer_tensors(optimizer).items()}
+    return tensors
+
+
+@torch.no_grad()
+def _restore(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, list[dict[str, float]], float]:
+    tensors, facts = load_tensors(path)
+    for name, p in model.named_parameters():
+        p.copy_(tensors[f"parameter.{name}"])
+    for i, optimizer in enumerate(optimizers):
+        own = {name.removeprefix(f"{i}."): value for name, value in tensors.items() if name.startswith(f"{i}.")}
+        restore_optimizer(optimizer, own)
+    return facts["step"], facts["curve"], facts["seconds"]

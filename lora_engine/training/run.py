@@ -30,7 +30,9 @@ ADAPTER = "adapter"
 SAMPLE_TOKENS = 48
 
 
-def load_rows(data: DataConfig, tokenizer: TextTokenizer, max_length: int) -> tuple[Dataset, list[Encoded], list[Encoded]]:
+def load_rows(
+    data: DataConfig, tokenizer: TextTokenizer, max_length: int
+) -> tuple[Dataset, list[Encoded], list[Encoded]]:
     """(dataset, train rows, evaluation rows). Raises DataError when a side trains on nothing."""
     dataset = read_dataset(data.path, task=data.task, columns=data.columns, encoding=data.encoding)
     sides = split_examples(dataset.examples, data.eval_share, data.split_seed)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lora_engine import core
 from lora_engine.errors import ConfigError
 
@@ -30,7 +31,9 @@ def test_init_A_has_the_stated_width_and_its_own_stream_per_module():
     assert not np.array_equal(A, core.init_A(64, 4096, seed=1, name="q"))
 
 
-@pytest.mark.parametrize(("r", "alpha", "rslora", "expected"), [(2, 3, False, 1.5), (8, 12, False, 1.5), (9, 6, True, 2.0)])
+@pytest.mark.parametrize(
+    ("r", "alpha", "rslora", "expected"), [(2, 3, False, 1.5), (8, 12, False, 1.5), (9, 6, True, 2.0)]
+)
 def test_scaling(r, alpha, rslora, expected):
     assert core.scaling_factor(r, alpha, use_rslora=rslora) == expected
 

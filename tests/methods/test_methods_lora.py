@@ -6,11 +6,12 @@ import numpy as np
 import peft
 import pytest
 import torch
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
 from lora_engine import core
 from lora_engine.config import LoraConfig
 from lora_engine.errors import ConfigError, TargetError
 from lora_engine.methods import lora, trainable_parameters
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 # alpha / r = 3/2, once as 3/2 and once as 12/8: no power of two, so a forgotten factor shows.
 RATIOS = [(2, 3.0), (8, 12.0)]
@@ -33,9 +34,7 @@ def gpt2():
 
 def bert():
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
-    )
+    config = BertConfig(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
     return BertModel(config).eval()
 
 
@@ -88,7 +87,9 @@ def test_layer_equals_the_numpy_core_in_float64(r, alpha):
 def test_gradcheck():
     base = torch.nn.Linear(5, 4).double().requires_grad_(False)
     x, A, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (2, 5), (4, 2)))
-    assert torch.autograd.gradcheck(lambda *t: lora._LowRankLinear.apply(t[0], base.weight, base.bias, *t[1:], 1.5), (x, A, B))
+    assert torch.autograd.gradcheck(
+        lambda *t: lora._LowRankLinear.apply(t[0], base.weight, base.bias, *t[1:], 1.5), (x, A, B)
+    )
 
 
 @pytest.mark.parametrize(("r", "alpha"), RATIOS)

@@ -1,0 +1,109 @@
+"""Every session_state key of the dashboard, and the settings that all pages share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import streamlit as st
+
+from lora_engine.config import LoraConfig
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ALPHAS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+TARGET_CHOICES = ("attention", "mlp", "all-linear", "own")
+TARGET_WORDS = {"attention": "Attention", "mlp": "MLP", "all-linear": "All linear", "own": "Own"}
+
+# Widgets of the sidebar; their keys are the names in the address bar.
+MODEL, PRECISION, CARD = "model", "precision", "card"
+R, ALPHA, KEEP_RATIO = "r", "lora_alpha", "keep_ratio"
+TARGETS, OWN_TARGETS = "targets", "own_targets"
+BATCH, SEQ, OPTIMIZER, CHECKPOINTING, ATTENTION = "batch", "seq", "optimizer", "checkpointing", "attention_kernel"
+RSLORA, DORA = "rslora", "dora"
+
+# Kept between reruns, not widgets.
+SETTINGS = "_settings"
+LAST_R = "_last_r"
+DIAL = "_dial"
+DATA = "data"
+RUN = "run"
+SWEEP = "sweep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the sidebar says, already checked: nothing in here raises later."""
+
+    model: str = "embedded"
+    precision: str = "fp32"
+    card: str = ""
+    r: int = 8
+    lora_alpha: float = 16.0
+    keep_ratio: bool = False
+    targets: str | tuple[str, ...] = "all-linear"
+    targets_word: str = "All linear"
+    batch_size: int = 8
+    seq_length: int = 128
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    attention: str = "sdpa"
+    use_rslora: bool = False
+    use_dora: bool = False
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def method(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            target_modules=self.targets,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+    @property
+    def memory_options(self) -> dict[str, Any]:
+        """Keyword arguments of `estimate_memory`, without the precision."""
+        return {
+            "batch_size": self.batch_size,
+            "seq_length": self.seq_length,
+            "optimizer": self.optimizer,
+            "checkpointing": self.checkpointing,
+            "attention": self.attention,
+        }
+
+
+def current() -> Settings:
+    """The settings of this rerun."""
+    settings: Settings = st.session_state.get(SETTINGS, Settings())
+    return settings
+
+
+def keep_ratio_callback() -> None:
+    """Rank was changed by hand: with the ratio kept, alpha follows."""
+    last = st.session_state.get(LAST_R)
+    if st.session_state.get(KEEP_RATIO) and last:
+        st.session_state[ALPHA] = float(st.session_state[ALPHA]) * st.session_state[R] / last
+
+
+def apply_dial() -> None:
+    """The dial was released: its rank and alpha become the sidebar's."""
+    released = st.session_state[DIAL].get("released")
+    if released:
+        st.session_state[R] = int(released["r"])
+        st.session_state[ALPHA] = float(released["lora_alpha"])
+
+
+def recall(key: str) -> str | None:
+    """A name kept in the address bar, or, after a change of page, in the session."""
+    value = st.query_params.get(key) or st.session_state.get(f"_{key}")
+    if value:
+        remember(key, value)
+    return value or None
+
+
+def remember(key: str, value: str | None) -> None:
+    """Keep `value` in the session and in the address bar; None forgets it."""
+    st.session_state[f"_{key}"] = value
+    if value is None:
+        st.query_params.pop(key, None)
+    elif st.query_params.get(key) != value:
+        st.query_params[key] = value
