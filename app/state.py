@@ -10,7 +10,7 @@ from lora_engine.config import LoraConfig
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ALPHAS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 TARGET_CHOICES = ("attention", "mlp", "all-linear", "own")
-TARGET_WORDS = {"attention": "Attention", "mlp": "MLP", "all-linear": "All linear", "own": "Own"}
+TARGET_WORDS = {"attention": "the attention layers", "mlp": "the MLP layers", "all-linear": "all linear layers"}
 
 # Widgets of the sidebar; their keys are the names in the address bar.
 MODEL, PRECISION, CARD = "model", "precision", "card"
@@ -39,7 +39,7 @@ class Settings:
     lora_alpha: float = 16.0
     keep_ratio: bool = False
     targets: str | tuple[str, ...] = "all-linear"
-    targets_word: str = "All linear"
+    targets_word: str = "all linear layers"
     batch_size: int = 8
     seq_length: int = 128
     optimizer: str = "adamw"

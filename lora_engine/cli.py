@@ -44,11 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lora-explorer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     common.add_argument("--home", type=Path, help="where runs are kept (default: LORA_EXPLORER_HOME)")
 
-    method = argparse.ArgumentParser(add_help=False)
+    method = _Parser(add_help=False)
     method.add_argument("--method", default="lora", choices=tuple(METHOD_CONFIGS))
     method.add_argument("--r", type=int, default=8, help="rank")
     method.add_argument("--alpha", type=float, help="scaling numerator (default: twice the rank)")
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     method.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
 
-    loop = argparse.ArgumentParser(add_help=False)
+    loop = _Parser(add_help=False)
     loop.add_argument("--data", required=True, help="a .txt .md .csv .tsv .json .jsonl or .parquet file")
     loop.add_argument("--steps", type=int, default=60)
     loop.add_argument("--batch", type=int, default=8, help="sequences a step")
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     loop.add_argument("--precision", default="fp32", choices=TRAINABLE_PRECISIONS)
     loop.add_argument("--device", default="auto", choices=DEVICES)
 
-    def add(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(name: str, text: str, *parents: _Parser) -> _Parser:
         return commands.add_parser(name, help=text, description=text, parents=[common, *parents])
 
     sub = add("app", "open the dashboard")
@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.home is not None:
         os.environ["LORA_EXPLORER_HOME"] = str(arguments.home)
     from lora_engine import commands
+    from lora_engine.runs import finite_only
 
     try:
         payload, text = getattr(commands, arguments.command)(arguments)
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(2, arguments.command, f"{error.filename or 'file'}: {error.strerror}.")
     if payload is not None:
-        print(json.dumps(payload, allow_nan=False, default=str) if arguments.json else text)
+        print(json.dumps(finite_only(payload), allow_nan=False, default=str) if arguments.json else text)
         return 1 if payload.get("status") == "failed" else 0
     return 0
 

@@ -139,8 +139,9 @@ def train(arguments: argparse.Namespace) -> Output:
     executor.submit([run_id])
     record = _follow(ledger, [run_id], quiet=arguments.json, cancel=executor.cancel)[0]
     payload = _run_payload(record)
-    if record.status == "failed":
-        raise RunFailedError(f"run {run_id} failed: {record.error}")
+    if record.status in ("failed", "queued", "interrupted"):
+        why = record.error or f"its worker ended early; see {ledger.home / 'worker.log'}"
+        raise RunFailedError(f"run {run_id} is {record.status}: {why}")
     sample = (record.result or {}).get("sample", {})
     lines = [
         f"Run {run_id} {record.status}. Evaluation loss fell from {payload['eval_loss_before']:.3f} to "
@@ -148,8 +149,8 @@ def train(arguments: argparse.Namespace) -> Output:
         if payload["eval_loss_after"] is not None and payload["eval_loss_after"] <= payload["eval_loss_before"]
         else f"Run {run_id} {record.status}. Evaluation loss: {payload['eval_loss_before']} before, "
         f"{payload['eval_loss_after']} after.",
-        f"Trained {count_text(payload['trainable_parameters'])} of {count_text(payload['total_parameters'])} parameters; "
-        f"peak memory {bytes_text(payload['peak_bytes'])} measured, "
+        f"Trained {count_text(payload['trainable_parameters'])} of "
+        f"{count_text(payload['total_parameters'])} parameters; peak memory {bytes_text(payload['peak_bytes'])} measured, "
         f"{bytes_text(payload['predicted_peak_bytes'])} predicted.",
         f"Prompt: {sample.get('prompt', '')!r}",
         f"Before: {sample.get('before', '')!r}",
@@ -171,30 +172,33 @@ def sweep(arguments: argparse.Namespace) -> Output:
     executor = LocalExecutor(ledger.home)
     began = time.monotonic()
     sweep_id = start_sweep(ledger, spec, executor, predict_run)
-    run_ids = list(ledger.get_sweep(sweep_id).run_ids)
-    records = _follow(ledger, run_ids, quiet=arguments.json, cancel=executor.cancel)
+    sweep_run_ids = list(ledger.get_sweep(sweep_id).run_ids)
+    records = _follow(ledger, sweep_run_ids, quiet=arguments.json, cancel=executor.cancel)
     frame = runs_frame(ledger, sweep_id)
-    done = frame[frame["status"] == "done"]
-    advice = advise(done) if len(done) else None
+    try:
+        advice = advise(frame)
+    except InputError:  # no run finished, or every one diverged
+        advice = None
     status = ledger.get_sweep(sweep_id).status
+    cells: list[dict[str, Any]] = [
+        {
+            "run_id": record.id,
+            "r": record.config["method"]["r"],
+            "alpha": record.config["method"]["lora_alpha"],
+            "lr": record.config["train"]["lr"],
+            "seed": record.config["train"]["seed"],
+            "status": record.status,
+            "trainable_parameters": (record.result or {}).get("trainable_parameters"),
+            "eval_loss_after": (record.result or {}).get("eval_loss_after"),
+            "seconds": (record.result or {}).get("seconds"),
+        }
+        for record in records
+    ]
     payload = {
         "sweep_id": sweep_id,
         "status": status,
         "seconds": time.monotonic() - began,
-        "runs": [
-            {
-                "run_id": record.id,
-                "r": record.config["method"]["r"],
-                "alpha": record.config["method"]["lora_alpha"],
-                "lr": record.config["train"]["lr"],
-                "seed": record.config["train"]["seed"],
-                "status": record.status,
-                "trainable_parameters": (record.result or {}).get("trainable_parameters"),
-                "eval_loss_after": (record.result or {}).get("eval_loss_after"),
-                "seconds": (record.result or {}).get("seconds"),
-            }
-            for record in records
-        ],
+        "runs": cells,
         "recommended": {"r": advice.r, "alpha": advice.lora_alpha, "lr": advice.lr, "reason": advice.reason}
         if advice
         else None,
@@ -204,7 +208,7 @@ def sweep(arguments: argparse.Namespace) -> Output:
         raise RunFailedError(f"sweep {sweep_id}: {failed}")
     rows = [
         [run["run_id"], run["r"], f"{run['alpha']:g}", f"{run['lr']:g}", run["seed"], run["status"], _loss(run)]
-        for run in payload["runs"]
+        for run in cells
     ]
     text = table_text(["run", "r", "alpha", "lr", "seed", "status", "evaluation loss"], rows)
     return payload, f"{text}\n\n{advice.reason}"
@@ -219,7 +223,7 @@ def generate(arguments: argparse.Namespace) -> Output:
     record = ledger.get_run(arguments.run)
     if record.status != "done":
         raise InputError(f"run is {arguments.run!r}, which is {record.status}; allowed: a run that is done.")
-    from lora_engine.training.playground import generate_from_run
+    from lora_engine.jobs import generate_from_run
 
     payload = generate_from_run(
         record.config,
@@ -384,7 +388,8 @@ def _follow(ledger: Ledger, run_ids: list[str], *, quiet: bool, cancel: Callable
                     loss = "" if active.last_train_loss is None else f", loss {active.last_train_loss:.3f}"
                     bar.set_description(f"{active.progress or 'running'}{loss}", refresh=False)
                 bar.refresh()
-                if all(r.status in ended for r in records):
+                # A queued run that no living worker will come to ends the wait too.
+                if all(r.status in ended or (r.status == "queued" and not r.waits_for_worker) for r in records):
                     return records
                 time.sleep(0.2)
     except KeyboardInterrupt:

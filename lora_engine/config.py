@@ -167,7 +167,7 @@ def to_dict(config: RunConfig | MethodConfig | TrainConfig | DataConfig) -> dict
     for key, value in values.items():
         if isinstance(value, tuple):
             values[key] = list(value)
-    if isinstance(config, tuple(METHOD_CONFIGS.values())):
+    if isinstance(config, LoraConfig | FullConfig):
         return {"method": config.method} | values
     return values
 

@@ -33,7 +33,9 @@ def work_on(ledger: Ledger, run_id: str) -> str:
     if not ledger.claim_run(run_id, pid, psutil.Process(pid).create_time()):
         return "skipped"
     try:
-        status = _train(ledger, run_id)
+        # Closing the last connection writes the log back to disk: once a run, not once a step.
+        with ledger.kept_open():
+            status = _train(ledger, run_id)
     except LoraExplorerError as error:
         status = "failed"
         ledger.finish_run(run_id, status, result=None, error=str(error))
@@ -47,8 +49,8 @@ def work_on(ledger: Ledger, run_id: str) -> str:
 def _train(ledger: Ledger, run_id: str) -> str:
     # After the claim, so that the page shows at once that somebody is at work: these take seconds.
     ledger.note_progress(run_id, "starting torch")
+    from lora_engine.jobs import CHECKPOINT, execute_run
     from lora_engine.training.loop import Callbacks, StepReport
-    from lora_engine.training.run import CHECKPOINT, execute_run
 
     record = ledger.get_run(run_id)
     folder = ledger.run_folder(run_id)

@@ -70,6 +70,7 @@ class LoraLayer(nn.Module):
         self.scale = 1.0
         self.lora_dropout = config.lora_dropout
         self.base_weight: Tensor | None = None
+        self.train(base_layer.training)
 
     @property
     def merged(self) -> bool:
@@ -89,7 +90,7 @@ class LoraLayer(nn.Module):
             if self.lora_dropout and self.training:
                 dropped = nn.functional.dropout(x, self.lora_dropout)
                 return nn.functional.linear(x, weight, bias) + scaling * ((dropped @ A.t()) @ B.t())
-            h: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
+            h: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, scaling)
             return h
 
     def delta_W(self) -> Tensor:

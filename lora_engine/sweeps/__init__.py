@@ -1,0 +1,22 @@
+"""Grids of runs: making, starting and resuming them, and what they teach. Torch-free."""
+
+from lora_engine.sweeps.advice import Advice, advise, best_over, summarize_cells
+from lora_engine.sweeps.launch import cancel_sweep, resume_sweep, start_sweep
+from lora_engine.sweeps.spec import SweepSpec, expand_grid
+from lora_engine.sweeps.timing import Throughput, estimate_run_seconds, estimate_sweep_seconds, find_throughput
+
+__all__ = [
+    "Advice",
+    "SweepSpec",
+    "Throughput",
+    "advise",
+    "best_over",
+    "cancel_sweep",
+    "estimate_run_seconds",
+    "estimate_sweep_seconds",
+    "expand_grid",
+    "find_throughput",
+    "resume_sweep",
+    "start_sweep",
+    "summarize_cells",
+]

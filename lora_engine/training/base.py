@@ -87,7 +87,7 @@ def load_base(folder: Path, train: TrainConfig, device: torch.device) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     plan = PRECISION_PLANS[train.precision]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=plan.weights, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
@@ -97,7 +97,7 @@ def load_base(folder: Path, train: TrainConfig, device: torch.device) -> Any:
     if context is not None and train.max_length > context:
         raise ConfigError("max_length", train.max_length, f"at most {context}, the context of this model")
     if train.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # A frozen embedding gives checkpointed layers no input that needs a gradient.
         model.enable_input_require_grads()
     return model.to(device)

@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.data import Encoded
-
-IGNORED = -100
+from lora_engine.data import IGNORED, Encoded
 
 
 @dataclass(frozen=True)

@@ -39,4 +39,4 @@ def generate_text(
         out.append(token)
         past, ids = result.past_key_values, torch.tensor([[token]], device=device)
     model.train(was_training)
-    return tokenizer.decode(out)
+    return tokenizer.decode(out, skip_special=True)

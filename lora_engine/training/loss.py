@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.training.batches import IGNORED, Batch
+from lora_engine.data import IGNORED
+from lora_engine.training.batches import Batch
 
 # Models whose logits are lm_head(last hidden state) and nothing more. Others scale or cap their
 # logits (Gemma 2, Cohere, Granite) or project before the head; they go through their own forward.

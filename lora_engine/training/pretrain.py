@@ -278,10 +278,12 @@ def pretrain(
     stream, held_out = tokenize(tokenizer, train_texts), tokenize(tokenizer, held_out_texts)
     held_out_bytes = sum(len(text.encode()) for text in held_out_texts)
 
-    model: Any = build_model(config).to(device)
+    model: Any = build_model(config)
+    model.to(device)
     optimizers = build_optimizers(model, config)
     state_path = out / CHECKPOINT
-    start, curve, seconds = 0, [], 0.0
+    start, seconds = 0, 0.0
+    curve: list[dict[str, float]] = []
     if state_path.exists():
         start, curve, seconds = _restore(state_path, model, optimizers)
 
@@ -358,7 +360,7 @@ def save_folder(out: Path, model: Any, weights: dict[str, torch.Tensor], result:
 
 
 def _state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    tensors = {f"parameter.{name}": p for name, p in model.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {f"parameter.{name}": p for name, p in model.named_parameters()}
     for i, optimizer in enumerate(optimizers):
         tensors |= {f"{i}.{name}": value for name, value in optimizer_tensors(optimizer).items()}
     return tensors

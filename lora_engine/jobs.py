@@ -1,4 +1,4 @@
-"""One run from its config to its result: data, base, method, loop, samples, files."""
+"""Whole jobs, put together from the floors below: a run from its config to its files, and text from a finished run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,23 +7,25 @@ from typing import Any
 import torch
 
 from lora_engine import export
-from lora_engine.config import DataConfig, RunConfig
+from lora_engine.config import DataConfig, LoraConfig, RunConfig, run_config_from_dict
 from lora_engine.data import (
+    IGNORED,
     Dataset,
     Encoded,
     TextTokenizer,
     encode_examples,
+    encode_prompt,
     load_tokenizer,
     read_dataset,
-    render_prompt,
     split_examples,
 )
-from lora_engine.errors import DataError
-from lora_engine.methods import inject, trainable_parameters
+from lora_engine.errors import ConfigError, DataError
+from lora_engine.methods import inject, lora, trainable_parameters
 from lora_engine.training.base import load_base, resolve_device, resolve_model
-from lora_engine.training.batches import IGNORED
+from lora_engine.training.batches import make_batch
 from lora_engine.training.generate import generate_text
 from lora_engine.training.loop import Callbacks, LoopState, train
+from lora_engine.training.loss import evaluate
 
 CHECKPOINT = "checkpoint.safetensors"
 ADAPTER = "adapter"
@@ -36,13 +38,11 @@ def load_rows(
     """(dataset, train rows, evaluation rows). Raises DataError when a side trains on nothing."""
     dataset = read_dataset(data.path, task=data.task, columns=data.columns, encoding=data.encoding)
     sides = split_examples(dataset.examples, data.eval_share, data.split_seed)
-    train_rows, eval_rows = (
-        [row for row in encode_examples(side, tokenizer, max_length) if any(t != IGNORED for t in row.labels[1:])]
-        for side in sides
-    )
+    train_rows, eval_rows = (encode_examples(side, tokenizer, max_length) for side in sides)
     if not train_rows or not eval_rows:
         raise DataError(
-            f"max_length is {max_length}; no row keeps a trained token within it: shorten the prompts or raise max_length."
+            f"max_length is {max_length}; no row keeps a trained token within it: "
+            "shorten the prompts or raise max_length."
         )
     return dataset, train_rows, eval_rows
 
@@ -50,7 +50,7 @@ def load_rows(
 def sample_prompt(config: RunConfig, dataset: Dataset, eval_rows: list[Encoded], tokenizer: TextTokenizer) -> list[int]:
     """Token ids that the before/after sample continues."""
     if config.prompt:
-        return tokenizer.encode(render_prompt(config.prompt, tokenizer, dataset.task))
+        return encode_prompt(config.prompt, tokenizer, dataset.task)
     row = eval_rows[0]
     first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
     return row.input_ids[: first or min(24, len(row.input_ids) // 2)]
@@ -115,5 +115,50 @@ def execute_run(
         "adapter_bytes": adapter_bytes,
         "adapter_path": ADAPTER,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "sample": {"prompt": tokenizer.decode(prompt_ids), "before": before, "after": after},
+        "sample": {"prompt": tokenizer.decode(prompt_ids, skip_special=True), "before": before, "after": after},
     }
+
+
+def generate_from_run(
+    config_dict: dict[str, Any],
+    folder: Path,
+    *,
+    prompt: str,
+    scale: float = 1.0,
+    max_new_tokens: int = 48,
+    temperature: float = 0.0,
+    seed: int = 0,
+    with_eval: bool = False,
+) -> dict[str, Any]:
+    """`text, scale`, and `eval_loss` on the run's own evaluation rows when asked for.
+
+    Raises ConfigError for a scale other than 0 or 1 on a method that has no update to scale."""
+    config = run_config_from_dict(config_dict)
+    device = resolve_device(config.train.device)
+    is_lora = isinstance(config.method, LoraConfig)
+    if not is_lora and scale not in (0.0, 1.0):
+        raise ConfigError("scale", scale, f"0 or 1 for method {config.method.method}")
+    base_folder = resolve_model(config.model)
+    use_base = is_lora or scale == 0.0
+    model = load_base(base_folder if use_base else folder / ADAPTER, config.train, device)
+    if is_lora:
+        export.load_adapter(model, folder / ADAPTER)
+        lora.set_scale(model, scale)
+    tokenizer = load_tokenizer(base_folder)
+    task = config.data.task or read_dataset(config.data.path, columns=config.data.columns).task
+    text = generate_text(
+        model,
+        tokenizer,
+        encode_prompt(prompt, tokenizer, task),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    payload: dict[str, Any] = {"text": text, "scale": scale}
+    if with_eval:
+        _, _, rows = load_rows(config.data, tokenizer, config.train.max_length)
+        size = config.train.batch_size
+        kept = rows[: config.train.eval_examples]
+        batches = [make_batch(kept[i : i + size], tokenizer.pad_id, device) for i in range(0, len(kept), size)]
+        payload["eval_loss"] = evaluate(model, batches)
+    return payload

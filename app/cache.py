@@ -1,0 +1,178 @@
+"""The only st.cache_* wrappers: shapes, rank tables, tokenizers, data checks, the ledger."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+from dial.table import DrawnModule, FullCost
+from state import RANKS
+
+from lora_engine import calc
+from lora_engine.config import PRECISIONS, TRAINABLE_PRECISIONS, FullConfig, LoraConfig
+from lora_engine.errors import InputError
+
+FULL_CONFIG = FullConfig()
+# Full fine-tuning in a quantised precision does not exist: it is shown in this one.
+FULL_FALLBACK = "bf16"
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def shape(model: str) -> calc.ModelShape:
+    """The shape of a model by its name or path. Raises ModelConfigError, NotFoundError."""
+    return calc.load_shape(model)
+
+
+@st.cache_data(show_spinner=False)
+def model_names() -> list[str]:
+    """The embedded model first, then the catalog."""
+    return ["embedded", *sorted(calc.CATALOG, key=str.lower)]
+
+
+@st.cache_data(show_spinner=False)
+def cards() -> dict[str, int]:
+    """Card name -> bytes of memory, smallest first."""
+    return {gpu.name: gpu.memory_bytes for gpu in sorted(calc.GPUS, key=lambda gpu: (gpu.memory_bytes, gpu.name))}
+
+
+def rank_rows(model: str, method: LoraConfig, precision: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The engine's rank table; neither rank nor alpha of `method` matters."""
+    return _rank_rows(model, replace(method, r=1, lora_alpha=1.0), precision, dict(options))
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _rank_rows(model: str, method: LoraConfig, precision: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    return calc.rank_table(shape(model), method, RANKS, precision=precision, **options)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def full_cost(model: str, precision: str, options: dict[str, Any]) -> FullCost:
+    """Full fine-tuning of the same model, to compare with."""
+    used = precision if precision in TRAINABLE_PRECISIONS else FULL_FALLBACK
+    memory = calc.estimate_memory(shape(model), FULL_CONFIG, precision=used, **options)
+    total = shape(model).total_parameters
+    return FullCost(
+        total_parameters=total,
+        peak_bytes=memory.peak_bytes,
+        terms=dict(memory.terms),
+        precision=used,
+        checkpoint_bytes=total * 2 if used in ("fp16", "bf16") else total * 4,
+    )
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def module_table(model: str, method: LoraConfig) -> pd.DataFrame:
+    """name, count, in_features, out_features, trainable_parameters a row; notes in `.attrs`."""
+    counted = calc.count_parameters(shape(model), method)
+    frame = pd.DataFrame(
+        [(m.name, m.count, m.in_features, m.out_features, m.trainable_parameters) for m in counted.modules],
+        columns=["name", "count", "in_features", "out_features", "trainable_parameters"],
+    )
+    frame.attrs["notes"] = list(counted.notes)
+    return frame
+
+
+def drawn_module(model: str, method: LoraConfig) -> DrawnModule:
+    """The first adapted weight of the model."""
+    first = module_table(model, replace(method, r=1, lora_alpha=1.0)).iloc[0]
+    return DrawnModule(str(first["name"]), int(first["count"]), int(first["in_features"]), int(first["out_features"]))
+
+
+def memory_table(model: str, method: LoraConfig, options: Mapping[str, Any]) -> pd.DataFrame:
+    """precision, method ("full" | "lora"), term, bytes for every precision; full only where it can train."""
+    return _memory_table(model, replace(method, lora_alpha=1.0), dict(options))
+
+
+@st.cache_data(max_entries=128, show_spinner=False)
+def _memory_table(model: str, method: LoraConfig, options: dict[str, Any]) -> pd.DataFrame:
+    rows = []
+    for precision in PRECISIONS:
+        configs = {"full": FULL_CONFIG} if precision in TRAINABLE_PRECISIONS else {}
+        for name, config in (configs | {"lora": method}).items():
+            terms = calc.estimate_memory(shape(model), config, precision=precision, **options).terms
+            rows += [(precision, name, term, value) for term, value in terms.items()]
+    return pd.DataFrame(rows, columns=["precision", "method", "term", "bytes"])
+
+
+def fits(model: str, method: LoraConfig, precision: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a card: name, memory_bytes, fits, max_batch, verdict ("yes" | "tight" | "no"), low_bytes, high_bytes."""
+    return _fits(model, replace(method, lora_alpha=1.0), precision, dict(options))
+
+
+@st.cache_data(max_entries=128, show_spinner=False)
+def _fits(model: str, method: LoraConfig, precision: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    memory = calc.estimate_memory(shape(model), method, precision=precision, **options)
+    interval = {"low_bytes": memory.low_bytes, "high_bytes": memory.high_bytes}
+    return [asdict(fit) | interval for fit in calc.fit_gpus(shape(model), method, precision=precision, **options)]
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _tokenizer(folder: str) -> Any:
+    from lora_engine import data
+
+    return data.load_tokenizer(Path(folder))
+
+
+def tokenizer(model: str) -> tuple[Any, str | None]:
+    """(tokenizer, note): the model's own, or the embedded one with a sentence that says so."""
+    from lora_engine.assets_path import asset_path
+
+    base = str(asset_path("base"))
+    folder = base if model == "embedded" else model
+    if (Path(folder) / "tokenizer.json").is_file():
+        return _tokenizer(folder), None
+    return _tokenizer(base), f"{model} has no tokenizer on this machine; tokens are counted with the embedded model's."
+
+
+def check_data(
+    path: Path,
+    model: str,
+    max_length: int,
+    *,
+    task: str | None,
+    columns: Mapping[str, str] | None,
+    encoding: str | None,
+) -> dict[str, Any]:
+    """The report of the data check as a dict, or {"error": one sentence}."""
+    try:
+        stamp = path.stat().st_mtime_ns
+    except OSError:
+        return {"error": f"{path.name} is no longer there; choose it again."}
+    return _check_data(str(path), stamp, model, max_length, task, dict(columns) if columns else None, encoding)
+
+
+@st.cache_data(max_entries=32, show_spinner="Checking the data")
+def _check_data(
+    path: str,
+    stamp: int,  # noqa: ARG001 - part of the key: a changed file is read again
+    model: str,
+    max_length: int,
+    task: str | None,
+    columns: dict[str, str] | None,
+    encoding: str | None,
+) -> dict[str, Any]:
+    from lora_engine import data
+
+    try:
+        report = data.check_dataset(
+            Path(path), tokenizer(model)[0], max_length=max_length, task=task, columns=columns, encoding=encoding
+        )
+    except InputError as error:
+        return {"error": str(error)}
+    return dict(report.to_dict())
+
+
+def ledger() -> Any:
+    """The ledger at home; a changed LORA_EXPLORER_HOME gives another one."""
+    from lora_engine.runs import default_home
+
+    return _ledger(str(default_home()))
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _ledger(home: str) -> Any:
+    from lora_engine.runs import Ledger
+
+    return Ledger(Path(home))

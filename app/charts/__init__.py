@@ -1,0 +1,35 @@
+"""Charts: prepare a table, then draw it. DataFrames in, Figures out; no Streamlit, no engine."""
+
+from charts.common import METHOD_COLOURS, TERM_COLOURS, TERM_WORDS
+from charts.curves import overlay_table, plot_curves, plot_overlay
+from charts.explore import parameter_table, plot_memory, plot_parameters
+from charts.sweep import (
+    cost_by_rank_table,
+    heatmap_table,
+    pareto_table,
+    plot_heatmap,
+    plot_loss_by_rank,
+    plot_memory_by_rank,
+    plot_pareto,
+    plot_time_by_rank,
+)
+
+__all__ = [
+    "METHOD_COLOURS",
+    "TERM_COLOURS",
+    "TERM_WORDS",
+    "cost_by_rank_table",
+    "heatmap_table",
+    "overlay_table",
+    "parameter_table",
+    "pareto_table",
+    "plot_curves",
+    "plot_heatmap",
+    "plot_loss_by_rank",
+    "plot_memory",
+    "plot_memory_by_rank",
+    "plot_overlay",
+    "plot_parameters",
+    "plot_pareto",
+    "plot_time_by_rank",
+]

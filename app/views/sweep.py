@@ -1,0 +1,97 @@
+"""Sweep: which rank and alpha?"""
+
+import cache
+import state
+import streamlit as st
+import sweeping
+from data_picker import choose
+from formatting import format_duration, plural
+from loop_form import RATES, Loop, predict, run_config, show_notes
+from widgets import explain
+
+from lora_engine.config import DEVICES
+from lora_engine.errors import InputError
+from lora_engine.executors import LocalExecutor
+from lora_engine.runs import runs_frame
+from lora_engine.sweeps import SweepSpec, estimate_sweep_seconds, find_throughput, start_sweep
+
+SEEDS = (0, 1, 2, 3, 4)
+
+settings = state.current()
+st.header("Which rank and alpha?", anchor=False)
+
+
+def start() -> None:
+    """Write the sweep down, hand its runs to a worker, and keep its id in the address bar."""
+    from lora_engine.calc.predict import predict_run
+
+    executor = LocalExecutor(cache.ledger().home)
+    state.remember(state.SWEEP, start_sweep(cache.ledger(), spec, executor, predict_run))
+
+
+record = sweeping.find_sweep()
+busy = record is not None and bool(sweeping.active_runs(record.id))
+if record is not None:
+    with st.container(border=True):
+        sweeping.show_sweep(record.id)
+
+st.subheader("Data", anchor=False)
+chosen = choose(settings)
+
+if chosen is not None and chosen.usable:
+    st.subheader("Grid", anchor=False)
+    left, right = st.columns(2, gap="large")
+    keep = {"selection_mode": "multi", "persist_state": "session", "wrap": True}
+    rs = left.pills("Rank (r)", state.RANKS, default=(1, 2, 4, 8), key="grid_r", **keep)
+    alphas = left.pills(
+        "Scaling (alpha)", state.ALPHAS, default=(8.0, 16.0), format_func="{:g}".format, key="grid_alpha", **keep
+    )
+    lrs = right.pills("Learning rate", RATES, default=(3e-3,), format_func="{:g}".format, key="grid_lr", **keep)
+    seeds = right.pills("Seed", SEEDS, default=(0, 1), key="grid_seed", **keep)
+    left, right = st.columns(2, gap="large")
+    steps = left.number_input("Steps a run", 1, 1_000_000, 60, step=10, key="grid_steps", persist_state="session")
+    device = right.segmented_control(
+        "Device", DEVICES, default="auto", required=True, key="grid_device", persist_state="session"
+    )
+    show_notes(settings)
+    if not (rs and alphas and lrs and seeds):
+        st.info("Choose at least one value of each: rank, alpha, learning rate and seed.")
+        st.stop()
+    try:
+        base = run_config(settings, chosen, Loop(steps=int(steps), device=str(device)))
+        spec = SweepSpec(
+            base=base,
+            rs=tuple(sorted(rs)),
+            lora_alphas=tuple(sorted(alphas)),
+            lrs=tuple(sorted(lrs)),
+            seeds=tuple(sorted(seeds)),
+        )
+    except InputError as error:
+        st.error(str(error))
+        st.stop()
+    if predict(base) is not None:
+        throughput = find_throughput(base, runs_frame(cache.ledger()))
+        seconds = estimate_sweep_seconds(spec, throughput=throughput)
+        st.markdown(
+            f"**{plural(spec.num_runs, 'run')}** of {plural(int(steps), 'step')}, one after another: about "
+            f"{format_duration(seconds)} ({throughput.basis})."
+        )
+        st.button(
+            "Start", type="primary", key="start_sweep", on_click=start, disabled=busy, icon=":material/play_arrow:"
+        )
+        if busy:
+            st.caption("A sweep is going on; stop it or let it finish first.")
+
+
+def _formula() -> None:
+    st.latex(
+        r"r^\star = \min \{\, r : \min_{\alpha,\eta} \bar{\mathcal{L}}(r,\alpha,\eta) \le \mathcal{L}_\text{best} + \sigma \,\}"
+    )
+    st.caption("The bar: mean over seeds. Sigma: the standard deviation over seeds, pooled over ranks.")
+
+
+explain(
+    "A sweep trains the same data with every combination of rank, alpha, learning rate and seed. With alpha / r scaling, "
+    "alpha acts much like a learning rate: compare ranks at their best learning rate, not at one.",
+    _formula,
+)

@@ -1,0 +1,312 @@
+"""Peak memory of a training step, in bytes, term by term.
+
+What the figures mean: bytes that tensors hold at the peak (torch.cuda.max_memory_allocated). The CUDA
+context and what the allocator keeps aside are outside; `gpus.RESERVED_BYTES` stands for them there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from lora_engine.calc.activations import Widths, saved_bytes
+from lora_engine.calc.params import lora_file_bytes, trained_lora_parameters
+from lora_engine.calc.structure import ModelShape
+from lora_engine.calc.targets import Selection, select_linears
+from lora_engine.config import OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS, LoraConfig, MethodConfig
+from lora_engine.errors import ConfigError
+
+TERMS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
+ATTENTIONS = ("sdpa", "eager")
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+# The estimated terms (activations, logits, overhead) are given +- this much. Stated, not calibrated.
+UNCERTAINTY_PERCENT = 15
+
+WIDTHS = {
+    "fp32": Widths(4, 4, 4),
+    "fp16": Widths(2, 2, 2),
+    "bf16": Widths(2, 2, 2),
+    "mixed-fp16": Widths(4, 2, 4),
+    "mixed-bf16": Widths(4, 2, 4),
+    # Quantised maps are computed in 16 bits; what is not quantised is stored so.
+    "int8": Widths(2, 2, 2),
+    "nf4": Widths(2, 2, 2),
+    "nf4-dq": Widths(2, 2, 2),
+}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """`terms` has exactly the keys TERMS and sums up to `peak_bytes`.
+
+    `inference_bytes`: the merged model with a key-value cache for the batch and the last token's logits."""
+
+    terms: dict[str, int]
+    peak_bytes: int
+    low_bytes: int
+    high_bytes: int
+    inference_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `estimate_memory`, checked."""
+
+    precision: str = "bf16"
+    batch_size: int = 1
+    seq_length: int = 512
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    attention: str = "sdpa"
+    labelled_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        for argument, value, allowed in (
+            ("precision", self.precision, PRECISIONS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("attention", self.attention, ATTENTIONS),
+        ):
+            if value not in allowed:
+                raise ConfigError(argument, value, f"one of {', '.join(allowed)}")
+        for argument, size, high in (
+            ("batch_size", self.batch_size, 2**20),
+            ("seq_length", self.seq_length, 2**24),
+        ):
+            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= high:
+                raise ConfigError(argument, size, f"a whole number from 1 to {high}")
+        if not 0.0 <= self.labelled_share <= 1.0:
+            raise ConfigError("labelled_share", self.labelled_share, "a number from 0 to 1")
+
+
+def estimate_memory(
+    shape: ModelShape,
+    method: MethodConfig,
+    *,
+    precision: str = "bf16",
+    batch_size: int = 1,
+    seq_length: int = 512,
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    attention: str = "sdpa",
+    labelled_share: float = 1.0,
+) -> MemoryEstimate:
+    """Peak bytes of one training step of `batch_size` sequences of `seq_length` tokens.
+
+    Exact: weights, adapter, gradients, optimizer. Derived: activations (see `activations`), logits, and
+    overhead (copies and buffers that live for a moment). LoRA as this engine trains it: adapters, their
+    gradients and optimizer states in float32 on any base. Our loop takes logits on labelled rows only;
+    `labelled_share` 1 is the upper bound, every row.
+
+    `low_bytes` and `high_bytes` put UNCERTAINTY_PERCENT around the derived terms; this is a stated
+    interval, not one calibrated on measurements. The low end also lets gradients take the place of
+    activations, as they do in backward unless they are accumulated over micro-batches.
+
+    Raises ConfigError for a value out of range or full fine-tuning of quantised weights, TargetError."""
+    settings = Settings(precision, batch_size, seq_length, optimizer, checkpointing, attention, labelled_share)
+    return estimate(shape, method, settings)
+
+
+def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> MemoryEstimate:
+    """`estimate_memory` with checked settings."""
+    selection = _selection(method, shape)
+    if selection is None and settings.precision not in TRAINABLE_PRECISIONS:
+        raise ConfigError(
+            "precision",
+            settings.precision,
+            f"{', '.join(TRAINABLE_PRECISIONS)} for full fine-tuning; quantised weights cannot be trained",
+        )
+    widths = WIDTHS[settings.precision]
+    if isinstance(method, LoraConfig) and selection is not None:
+        trained = trained_lora_parameters(selection, method)
+        state_width, adapter = 4, 4 * trained
+    else:
+        trained, state_width, adapter = shape.total_parameters, widths.weight, 0
+    activations, logits, overhead = _derived(shape, method, selection, settings, trained)
+    terms = {
+        "weights": weight_bytes(shape, settings.precision),
+        "adapter": adapter,
+        "gradients": state_width * trained,
+        "optimizer": _optimizer_bytes(shape, method, selection, settings.optimizer, trained, state_width),
+        "activations": activations,
+        "logits": logits,
+        "overhead": overhead,
+    }
+    peak = sum(terms.values())
+    derived = activations + logits + overhead
+    margin = derived * UNCERTAINTY_PERCENT // 100
+    overlap = min(terms["gradients"], derived - margin)
+    return MemoryEstimate(
+        terms=terms,
+        peak_bytes=peak,
+        low_bytes=peak - margin - overlap,
+        high_bytes=peak + margin,
+        inference_bytes=_inference_bytes(shape, terms["weights"], widths, settings),
+        notes=_notes(shape, settings),
+    )
+
+
+@lru_cache(maxsize=256)
+def weight_bytes(shape: ModelShape, precision: str) -> int:
+    """Bytes of the stored weights. Quantised: the maps inside the layers; embeddings, norms, biases and
+    whatever stands outside the layers stay in 16 bits.
+
+    int8 (LLM.int8, Dettmers et al. 2022): a byte each and a float32 scale per row. nf4 (QLoRA, Dettmers et al.
+    2023): half a byte each and a float32 scale per block of 64; nf4-dq: those scales in 8 bits, in blocks of 256
+    with a float32 each (4.127 bits a weight)."""
+    width = WIDTHS[precision].weight
+    if precision not in ("int8", "nf4", "nf4-dq"):
+        return width * shape.total_parameters
+    total = width * shape.total_parameters
+    for linear in shape.linears:
+        if not linear.per_layer:
+            continue
+        n = linear.in_features * linear.out_features
+        if precision == "int8":
+            size = n + 4 * linear.out_features
+        else:
+            blocks = -(-n // 64)
+            size = -(-n // 2) + (4 * blocks if precision == "nf4" else blocks + 4 * -(-blocks // 256))
+        total += linear.count * (size - width * n)
+    return total
+
+
+def rank_table(
+    shape: ModelShape, method: LoraConfig, ranks: Sequence[int] = RANKS, **settings: Any
+) -> list[dict[str, Any]]:
+    """For each rank: r, trainable_parameters, trainable_percent, peak_bytes, terms, adapter_bytes (what the
+    dial looks up). `settings` are those of `estimate_memory`. Raises ConfigError, TargetError."""
+    checked = Settings(**settings)
+    selection = select_linears(shape, method.target_modules)
+    rows = []
+    for r in ranks:
+        config = replace(method, r=r)
+        trained = trained_lora_parameters(selection, config)
+        memory = estimate(shape, config, checked)
+        rows.append(
+            {
+                "r": r,
+                "trainable_parameters": trained,
+                "trainable_percent": 100.0 * trained / shape.total_parameters,
+                "peak_bytes": memory.peak_bytes,
+                "terms": memory.terms,
+                "adapter_bytes": lora_file_bytes(shape, selection, config),
+            }
+        )
+    return rows
+
+
+def _notes(shape: ModelShape, settings: Settings) -> tuple[str, ...]:
+    notes = []
+    if settings.seq_length > shape.max_positions:
+        notes.append(f"{settings.seq_length} tokens are more than the model's context of {shape.max_positions}.")
+    if shape.softcap and settings.attention == "sdpa":
+        notes.append("This model's capped scores need eager attention, and so it is counted.")
+    return tuple(notes)
+
+
+def _selection(method: MethodConfig, shape: ModelShape) -> Selection | None:
+    return select_linears(shape, method.target_modules) if isinstance(method, LoraConfig) else None
+
+
+def _optimizer_bytes(
+    shape: ModelShape,
+    method: MethodConfig,
+    selection: Selection | None,
+    optimizer: str,
+    trained: int,
+    width: int,
+) -> int:
+    """AdamW: two moments in the parameter's type. 8-bit (Dettmers et al. 2021): a byte each and a float32 per
+    block of 256, tensors under 4096 values in float32. SGD without momentum: nothing."""
+    if optimizer == "sgd":
+        return 0
+    if optimizer == "adamw":
+        return 2 * width * trained
+    total = 0
+    for count, size in _trained_tensors(shape, method, selection):
+        total += count * (8 * size if size < 4096 else 2 * (size + 4 * -(-size // 256)))
+    return total
+
+
+def _trained_tensors(shape: ModelShape, method: MethodConfig, selection: Selection | None) -> list[tuple[int, int]]:
+    """(count, number of values) of every trained tensor."""
+    tensors: list[tuple[int, int]] = []
+    if isinstance(method, LoraConfig) and selection is not None:
+        for linear, count in selection.linears:
+            tensors += [(count, method.r * linear.in_features), (count, method.r * linear.out_features)]
+            if method.use_dora:
+                tensors.append((count, linear.out_features))
+        return tensors
+    for linear in shape.linears:
+        if not linear.tied:
+            tensors.append((linear.count, linear.in_features * linear.out_features))
+        if linear.has_bias:
+            tensors.append((linear.count, linear.out_features))
+    for part in shape.others:
+        vectors = 1 if part.kind == "embedding" or shape.norm_kind == "rms" else 2
+        tensors.append((part.count * vectors, part.num_parameters // vectors))
+    return tensors
+
+
+def _derived(
+    shape: ModelShape, method: MethodConfig, selection: Selection | None, settings: Settings, trained: int
+) -> tuple[int, int, int]:
+    """(activations, logits, overhead) in bytes."""
+    widths = WIDTHS[settings.precision]
+    tokens = settings.batch_size * settings.seq_length
+    eager = settings.attention == "eager" or shape.softcap
+    r = method.r if isinstance(method, LoraConfig) else 0
+    kept, recomputed = saved_bytes(
+        shape,
+        selection,
+        r,
+        widths,
+        seq_length=settings.seq_length,
+        checkpointing=settings.checkpointing,
+        eager=eager,
+    )
+    # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its
+    # input beside it (4 + 4). The half-precision logits are gone by then.
+    rows = int(tokens * settings.labelled_share) if shape.output_head else 0
+    per_row = 12 * shape.vocab_size + (widths.compute * shape.vocab_size if shape.softcap else 0)
+    logits = rows * per_row
+    overhead = 32 * tokens + 8 * settings.seq_length * shape.head_dim  # token ids and labels; rotary tables
+    if eager:
+        overhead += widths.compute * settings.seq_length**2  # the causal mask
+    overhead += _weight_copies(shape, selection, settings, trained)
+    # Gradients of one layer's activations, while all of them are still kept: beyond what the logits, gone
+    # by then, have left free. With checkpointing that layer's activations come on top.
+    h, i = shape.hidden_size, shape.intermediate_size
+    scores = 2 * 4 * shape.num_heads * settings.seq_length if eager else 0
+    passing = 2 * widths.stream * h + widths.compute * (3 if shape.gated else 2) * i + scores
+    overhead += max(0, tokens * (passing + recomputed) - logits)
+    return tokens * kept, logits, overhead
+
+
+def _weight_copies(shape: ModelShape, selection: Selection | None, settings: Settings, trained: int) -> int:
+    """Half-precision copies of float32 weights and adapters, and dequantised weights, alive in backward."""
+    widths = WIDTHS[settings.precision]
+    copies = 0
+    if selection is not None and widths.compute == 2:
+        copies += 2 * trained
+    inside = [linear for linear in shape.linears if linear.per_layer]
+    if widths.mixed:
+        # Autocast's cast weights are kept for the gradient of the input, in each layer that passes one on.
+        layers = shape.num_layers - (selection.first_layer if selection else 0)
+        if settings.checkpointing:
+            layers = 1
+        copies += 2 * layers * sum(x.in_features * x.out_features for x in inside)
+        copies += 2 * sum(x.in_features * x.out_features for x in shape.linears if x.group == "head")
+    elif settings.precision not in TRAINABLE_PRECISIONS:
+        copies += 2 * max(x.in_features * x.out_features for x in inside)
+    return copies
+
+
+def _inference_bytes(shape: ModelShape, weights: int, widths: Widths, settings: Settings) -> int:
+    tokens = settings.batch_size * settings.seq_length
+    cache = 2 * shape.num_layers * shape.kv_width * widths.compute * tokens if shape.is_decoder else 0
+    # One layer's activations pass by while the prompt is read; logits of the last token.
+    passing = tokens * widths.compute * (2 * shape.hidden_size + 2 * shape.intermediate_size)
+    return weights + cache + passing + settings.batch_size * shape.vocab_size * widths.compute

@@ -1,0 +1,94 @@
+"""What a sweep is made of: a base run and the values of its four axes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_engine.config import LoraConfig, RunConfig, run_config_from_dict, to_dict
+from lora_engine.errors import ConfigError
+
+MAX_RUNS = 2000
+_AXES = ("rs", "lora_alphas", "lrs", "seeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec:
+    """A grid of LoRA runs: every rank with every alpha, learning rate and seed, all else as in `base`.
+
+    Repeated values are kept once. Raises ConfigError for an empty axis, a value no run may have, a
+    base that is not LoRA, or more than MAX_RUNS runs."""
+
+    base: RunConfig
+    rs: tuple[int, ...] = (1, 2, 4, 8)
+    lora_alphas: tuple[float, ...] = (8.0, 16.0)
+    lrs: tuple[float, ...] = (3e-3,)
+    seeds: tuple[int, ...] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base.method, LoraConfig):
+            raise ConfigError("method", self.base.method.method, "lora, the method that has a rank to sweep")
+        for axis in _AXES:
+            values = getattr(self, axis)
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ConfigError(axis, values, "a list of at least one value")
+            object.__setattr__(self, axis, tuple(dict.fromkeys(values)))
+        # Each value once, in a config of its own: the configs know what is allowed and say it.
+        for r in self.rs:
+            replace(self.base.method, r=r)
+        for alpha in self.lora_alphas:
+            replace(self.base.method, lora_alpha=alpha)
+        for lr in self.lrs:
+            replace(self.base.train, lr=lr)
+        for seed in self.seeds:
+            replace(self.base.train, seed=seed)
+        object.__setattr__(self, "lora_alphas", tuple(dict.fromkeys(float(alpha) for alpha in self.lora_alphas)))
+        object.__setattr__(self, "lrs", tuple(dict.fromkeys(float(lr) for lr in self.lrs)))
+        if self.num_runs > MAX_RUNS:
+            raise ConfigError("num_runs", self.num_runs, f"at most {MAX_RUNS}; choose fewer values")
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs the grid has."""
+        return len(self.rs) * len(self.lora_alphas) * len(self.lrs) * len(self.seeds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is the inverse."""
+        return {"base": to_dict(self.base)} | {axis: list(getattr(self, axis)) for axis in _AXES}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SweepSpec":
+        """Inverse of `to_dict`. Raises ConfigError on an unknown key or a wrong value."""
+        rest = dict(values)
+        base = run_config_from_dict(rest.pop("base", None) or {})
+        for key in rest:
+            if key not in _AXES:
+                raise ConfigError(key, rest[key], f"one of base, {', '.join(_AXES)}")
+        return cls(base=base, **{key: _as_tuple(value) for key, value in rest.items()})
+
+
+def expand_grid(spec: SweepSpec) -> list[RunConfig]:
+    """The runs of the grid. Ranks go by fastest and seeds slowest: the whole map is seen early, then repeated."""
+    return [
+        replace(
+            spec.base,
+            method=_with_rank(spec.base, r, alpha),
+            train=replace(spec.base.train, lr=lr, seed=seed),
+        )
+        for seed in spec.seeds
+        for lr in spec.lrs
+        for alpha in spec.lora_alphas
+        for r in spec.rs
+    ]
+
+
+def _with_rank(base: RunConfig, r: int, alpha: float) -> LoraConfig:
+    assert isinstance(base.method, LoraConfig)  # SweepSpec refuses anything else
+    return replace(base.method, r=r, lora_alpha=alpha)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Predict = Callable[[RunConfig], Mapping[str, Any] | None]
+"""What a run is expected to cost, or None where nobody knows."""

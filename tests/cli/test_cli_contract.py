@@ -1,0 +1,170 @@
+"""The command line's contract: keys, exit codes, one line on standard error, and a real train and sweep."""
+
+import json
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_engine.assets_path import asset_path
+from lora_engine.cli import main
+from lora_engine.config import TrainConfig
+from lora_engine.export import load_adapter
+from lora_engine.runs import Ledger
+from lora_engine.training.base import load_base, resolve_model
+
+SUPPORT = str(asset_path("datasets/customer_support.jsonl"))
+SMALL = ["--steps", "6", "--batch", "4", "--seq", "64", "--device", "cpu"]
+
+
+def run_json(capsys, *argv):
+    code = main([*argv, "--json"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return code, json.loads(out)
+
+
+def test_count(capsys):
+    code, payload = run_json(capsys, "count", "gpt2", "--r", "8", "--targets", "c_attn")
+    assert code == 0
+    assert payload["trainable_parameters"] == 294_912
+    assert payload["total_parameters"] == 124_439_808
+    assert {"model", "trainable_percent", "modules", "notes"} <= payload.keys()
+    assert {"name", "count", "in_features", "out_features", "trainable_parameters"} <= payload["modules"][0].keys()
+    assert sum(module["trainable_parameters"] for module in payload["modules"]) == 294_912
+
+
+def test_memory(capsys):
+    code, payload = run_json(
+        capsys, "memory", "meta-llama/Llama-2-7b-hf", "--targets", "q_proj,v_proj", "--precision", "nf4"
+    )
+    assert code == 0
+    assert set(payload["terms"]) == {
+        "weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead",
+    }  # fmt: skip
+    assert payload["low_bytes"] <= payload["peak_bytes"] <= payload["high_bytes"]
+    assert payload["inference_bytes"] < payload["peak_bytes"]
+    assert {"name", "memory_bytes", "fits", "max_batch"} <= payload["gpus"][0].keys()
+
+
+def test_data(capsys):
+    code, payload = run_json(capsys, "data", SUPPORT)
+    assert code == 0
+    assert payload["format"] == "jsonl"
+    assert payload["task"] == "prompt_completion"
+    assert payload["rows"] >= 200
+    keys = {"columns", "examples", "tokens", "dropped", "warnings", "preview"}
+    assert keys <= payload.keys()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["count", "gpt2", "--json"], ["memory", "gpt2"], ["count", "embedded"], ["data", SUPPORT], ["runs"],
+    ],
+)  # fmt: skip
+def test_commands_for_people_print_text(capsys, argv):
+    assert main(argv) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["count", "no/such-model"], "no/such-model"),
+        (["count", "--r", "0"], "r is 0; allowed: a whole number from 1"),
+        (["count", "--r", "many"], "--r: invalid int value: 'many'"),
+        (["count", "--targets", "nonsense"], "nonsense"),
+        (["memory", "--precision", "fp12"], "invalid choice: 'fp12'"),
+        (["memory", "--batch", "0"], "batch"),
+        (["data", "missing.csv"], "data is 'missing.csv'; allowed: the path of a file that exists"),
+        (["train", "--data", "missing.csv"], "missing.csv"),
+        (["train", "--data", SUPPORT, "--steps", "0"], "steps is 0; allowed: a whole number from 1"),
+        (["train", "--data", SUPPORT, "--lr", "-1"], "lr is -1.0; allowed"),
+        (["train", "--data", SUPPORT, "--seq", "9999"], "at most 256"),
+        (["train", "no/such-model", "--data", SUPPORT], "no/such-model"),
+        (["sweep", "--data", SUPPORT, "--r", "1,x"], "'1,x'; allowed: whole numbers separated by commas"),
+        (["sweep", "--data", SUPPORT, "--r", ""], "r"),
+        (["generate", "nothing", "--prompt", "Hi"], "nothing"),
+        (["runs", "show", "../../etc"], "../../etc"),
+        (["runs", "show"], "run is missing"),
+        (["pretrain", "--corpus", "nowhere", "--out", "x"], "nowhere"),
+        (["app", "--port", "99999999"], "port is 99999999; allowed"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_wrong_requests_exit_with_2_and_one_line(capsys, argv, words):
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "attention"])
+def test_train_then_peft_loads_the_adapter_and_the_dial_turns(capsys, home, targets):
+    code, payload = run_json(
+        capsys, "train", "embedded", "--data", SUPPORT, "--r", "4", "--alpha", "6", "--targets", targets, *SMALL
+    )
+    assert code == 0
+    assert payload["status"] == "done"
+    assert payload["steps"] == 6
+    assert payload["eval_loss_after"] < payload["eval_loss_before"]
+    keys = {
+        "run_id", "method", "trainable_parameters", "total_parameters", "seconds", "tokens_per_second",
+        "peak_bytes", "predicted_peak_bytes", "adapter_bytes",
+    }  # fmt: skip
+    assert all(payload[key] for key in keys)
+
+    adapter = Ledger(home).run_folder(payload["run_id"]) / "adapter"
+    ids = torch.arange(20, 60)[None]
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("embedded"), dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
+    ours = load_base(resolve_model("embedded"), TrainConfig(), torch.device("cpu")).eval()
+    load_adapter(ours, adapter)
+    with torch.no_grad():
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-4
+    trained = sum(p.numel() for n, p in theirs.named_parameters() if "lora_" in n)
+    assert trained == payload["trainable_parameters"]
+
+    run = payload["run_id"]
+    prompt = ["--prompt", "My parcel has not arrived.", "--max-tokens", "12"]
+    _, zero = run_json(capsys, "generate", run, *prompt, "--scale", "0", "--eval")
+    _, one = run_json(capsys, "generate", run, *prompt, "--eval")
+    assert zero["eval_loss"] == pytest.approx(payload["eval_loss_before"], abs=1e-6)
+    assert one["eval_loss"] == pytest.approx(payload["eval_loss_after"], abs=1e-6)
+
+    code, shown = run_json(capsys, "runs", "show", run)
+    assert shown["run_id"] == run
+    code, listed = run_json(capsys, "runs", "list")
+    assert [r["run_id"] for r in listed["runs"]] == [run]
+    assert run_json(capsys, "runs", "delete", run)[0] == 0
+    assert not adapter.exists()
+
+
+def test_full_fine_tuning_leaves_a_model_folder(capsys, home):
+    _, payload = run_json(capsys, "train", "--data", SUPPORT, "--method", "full", *SMALL)
+    folder = Ledger(home).run_folder(payload["run_id"]) / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == payload["trainable_parameters"] == payload["total_parameters"]
+    _, text = run_json(capsys, "generate", payload["run_id"], "--prompt", "Hello", "--max-tokens", "4")
+    assert text["scale"] == 1.0
+    code = main(["generate", payload["run_id"], "--prompt", "Hello", "--scale", "0.5"])
+    assert code == 2
+    assert "scale is 0.5; allowed: 0 or 1 for method full" in capsys.readouterr().err
+
+
+def test_sweep(capsys):
+    code, payload = run_json(capsys, "sweep", "--data", SUPPORT, "--r", "1,4", "--alpha", "6", "--seeds", "0,1", *SMALL)
+    assert code == 0
+    assert payload["status"] == "done"
+    assert len(payload["runs"]) == 4
+    assert {(run["r"], run["seed"]) for run in payload["runs"]} == {(1, 0), (1, 1), (4, 0), (4, 1)}
+    assert payload["recommended"]["r"] in (1, 4)
+    assert payload["recommended"]["reason"]

@@ -1,0 +1,112 @@
+"""Time estimates on tables made by hand; a FLOP here is one per rank and token."""
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, TrainConfig
+from lora_engine.errors import ModelConfigError
+from lora_engine.sweeps import SweepSpec, estimate_run_seconds, estimate_sweep_seconds, find_throughput
+from lora_engine.sweeps.timing import DEFAULT_FLOPS_PER_SECOND, DEFAULT_OVERHEAD_SECONDS
+
+
+def config(r: int = 4, steps: int = 10, model: str = "embedded", device: str = "auto", **train: Any) -> RunConfig:
+    return RunConfig(
+        model=model,
+        data=DataConfig(path="/a.csv"),
+        method=LoraConfig(r=r),
+        train=TrainConfig(steps=steps, batch_size=2, max_length=50, device=device, **train),
+    )
+
+
+@pytest.fixture
+def _simple_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_shape(model: str) -> str:
+        if model == "unknown":
+            raise ModelConfigError("model is 'unknown'; allowed: a known one.")
+        return model
+
+    def step_flops(_shape: str, method: Any, batch_size: int, seq_length: int) -> int:
+        return getattr(method, "r", 1000) * batch_size * seq_length
+
+    monkeypatch.setattr("lora_engine.sweeps.timing.load_shape", load_shape)
+    monkeypatch.setattr("lora_engine.sweeps.timing.estimate_step_flops", step_flops)
+
+
+def past(**changes: Any) -> dict[str, Any]:
+    """A done run of `config()`: 10 steps of 400 FLOPs in 2 s, 2000 FLOP/s, and 5 s beside."""
+    row = {
+        "status": "done", "model": "embedded", "data_path": "/a.csv", "device": "cpu", "method": "lora", "r": 4.0,
+        "targets": "all-linear", "steps": 10, "batch_size": 2, "max_length": 50, "seconds": 2.0, "wall_seconds": 7.0,
+    }  # fmt: skip
+    return row | changes
+
+
+def frame(*rows: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows))
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_scaled_from_an_earlier_run() -> None:
+    runs = frame(past())
+    assert estimate_run_seconds(config(), runs) == pytest.approx(7.0)
+    assert estimate_run_seconds(config(r=8, steps=30), runs) == pytest.approx(5 + 2 * 2 * 3)
+    assert estimate_run_seconds(config(accumulation=3), runs) == pytest.approx(5 + 2 * 3)
+    assert find_throughput(config(), runs).basis == "from 1 earlier run of this model on this data"
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_the_nearest_runs_are_asked_first() -> None:
+    other_model = past(model="other", seconds=1.0)
+    other_data = past(data_path="/b.csv", seconds=4.0)
+    failed = past(status="failed", seconds=100.0)
+    card = past(device="NVIDIA Something", seconds=0.1)
+    runs = frame(other_model, other_data, failed, past(), past(seconds=2.2), past(seconds=1.8), card)
+    assert find_throughput(config(device="cpu"), runs).flops_per_second == pytest.approx(2000)
+    assert find_throughput(config(device="cuda"), runs).flops_per_second == pytest.approx(40000)
+    assert find_throughput(config(device="mps"), runs).num_runs == 0
+    found = find_throughput(config(device="cpu"), runs[runs["data_path"] != "/a.csv"])
+    assert (found.flops_per_second, found.basis) == (pytest.approx(1000), "from 1 earlier run of this model")
+    found = find_throughput(config(device="cpu", model="third"), frame(other_model))
+    assert (found.flops_per_second, found.basis) == (pytest.approx(4000), "from 1 earlier run of other models")
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_full_fine_tuning_and_own_targets_count_too() -> None:
+    runs = frame(past(method="full", r=float("nan"), targets=None), past(targets="q_proj,v_proj"))
+    assert find_throughput(config(), runs).num_runs == 2
+    assert estimate_run_seconds(RunConfig(data=DataConfig(path="/a.csv"), method=FullConfig()), runs) > 0
+
+
+@pytest.mark.parametrize("runs", [None, pd.DataFrame(), frame(past(status="running", seconds=float("nan")))])
+@pytest.mark.usefixtures("_simple_flops")
+def test_without_history_the_default_is_stated(runs: pd.DataFrame | None) -> None:
+    found = find_throughput(config(), runs)
+    assert (found.num_runs, found.basis) == (0, "a guess at 50 GFLOP/s until a first run is done")
+    expected = DEFAULT_OVERHEAD_SECONDS + 10 * 400 / DEFAULT_FLOPS_PER_SECOND["cpu"]
+    assert estimate_run_seconds(config(), runs) == pytest.approx(expected)
+    assert find_throughput(config(device="cuda"), runs).flops_per_second == DEFAULT_FLOPS_PER_SECOND["cuda"]
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_a_model_of_unknown_shape_gets_a_figure_too() -> None:
+    assert estimate_run_seconds(config(model="unknown")) > DEFAULT_OVERHEAD_SECONDS
+
+
+def test_real_shapes_and_flops() -> None:
+    def steps_alone(model: str, method: Any) -> float:
+        run = RunConfig(model=model, data=DataConfig(path="/a.csv"), method=method)
+        return estimate_run_seconds(run) - DEFAULT_OVERHEAD_SECONDS
+
+    lora, full = steps_alone("gpt2", LoraConfig(r=8)), steps_alone("gpt2", FullConfig())
+    assert 0 < lora < full
+    assert steps_alone("meta-llama/Llama-3.1-8B", LoraConfig(r=8)) > 10 * lora
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_a_sweep_is_the_sum_of_its_runs() -> None:
+    runs = frame(past())
+    spec = SweepSpec(base=config(), rs=(1, 4), lora_alphas=(8, 16), lrs=(1e-3,), seeds=(0, 1, 2))
+    expected = 6 * (estimate_run_seconds(config(r=1), runs) + estimate_run_seconds(config(r=4), runs))
+    assert estimate_sweep_seconds(spec, runs) == pytest.approx(expected)
