@@ -53,8 +53,9 @@ class Chosen:
         return DataConfig(path=str(self.path), task=self.task, columns=self.columns, encoding=self.encoding)
 
 
-def choose(settings: Settings) -> Chosen | None:
-    """Upload or pick, then the check in words; None while nothing is chosen."""
+def choose(settings: Settings, *, preview: bool = True, used: Path | None = None) -> Chosen | None:
+    """Upload or pick, then the check in words; None while nothing is chosen. Without `preview` the rendered
+    examples are folded away. `used` is the data of the run on the page, taken while nothing else is chosen."""
     left, right = st.columns([3, 2], gap="large")
     with left:
         upload = st.file_uploader(
@@ -69,12 +70,12 @@ def choose(settings: Settings) -> Chosen | None:
         st.pills(
             "Or take an example",
             [example.name for example in EXAMPLES],
-            format_func={example.name: example.title for example in EXAMPLES}.get,
+            format_func={example.name: example.title for example in EXAMPLES}.__getitem__,
             key=EXAMPLE,
             wrap=True,
             on_change=_take_example,
         )
-    name = state.recall(state.DATA)
+    name = state.recall(state.DATA) or (name_of(used) if used else None)
     if name is None:
         if empty_state(
             "Here you will see what is in your data: the format, rows kept and dropped, tokens, "
@@ -85,7 +86,7 @@ def choose(settings: Settings) -> Chosen | None:
             state.remember(state.DATA, FIRST_EXAMPLE.name)
             st.rerun()
         return None
-    return _check(name, settings)
+    return _check(name, settings, preview)
 
 
 def _keep_upload(upload: Any) -> None:
@@ -119,7 +120,16 @@ def resolve(name: str) -> tuple[str, Path]:
     return path.name, path
 
 
-def _check(name: str, settings: Settings) -> Chosen | None:
+def name_of(path: Path) -> str | None:
+    """Inverse of `resolve`: the name in the address bar of a dataset's path; None where it has none."""
+    for example in EXAMPLES:
+        if example.file == path.name and path.parent.name == "datasets":
+            return example.name
+    folder = (cache.ledger().home / "datasets").resolve()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) and path.is_file() else None
+
+
+def _check(name: str, settings: Settings, preview: bool) -> Chosen | None:
     try:
         title, path = resolve(name)
     except InputError as error:
@@ -129,7 +139,7 @@ def _check(name: str, settings: Settings) -> Chosen | None:
     report = cache.check_data(path, settings.model, settings.seq_length, task=task, columns=columns, encoding=encoding)
     chosen = Chosen(name, title, path, report, task, columns, encoding)
     if chosen.usable:
-        _show_report(title, report)
+        _show_report(title, report, preview)
         note = cache.tokenizer(settings.model)[1]
         if note:
             st.caption(note)
@@ -139,12 +149,12 @@ def _check(name: str, settings: Settings) -> Chosen | None:
     return chosen
 
 
-def _show_report(title: str, report: Mapping[str, Any]) -> None:
+def _show_report(title: str, report: Mapping[str, Any], preview: bool) -> None:
     dropped = report["dropped"]
     kept = report["rows"] - len({row["row"] for row in dropped})
-    encoding = f", {report['encoding']}" if report["encoding"] else ""
+    encoding = f", {report['encoding'].upper()}" if report["encoding"] else ""
     st.markdown(
-        f"**{_plain(title)}** is {report['format']}{encoding}, read as {TASK_WORDS[report['task']]}: "
+        f"**{_plain(title)}** is {report['format'].upper()}{encoding}, read as {TASK_WORDS[report['task']]}: "
         f"{format_integer(kept)} of {plural(report['rows'], 'row')} kept, "
         f"{plural(report['examples'], 'sequence')}, {plural(report['tokens'], 'token')}, of which "
         f"{format_integer(report['trained_tokens'])} are trained on."
@@ -154,11 +164,12 @@ def _show_report(title: str, report: Mapping[str, Any]) -> None:
     if dropped:
         with st.expander(f"{plural(len(dropped), 'dropped row')}"):
             st.dataframe(dropped, hide_index=True, column_config={"row": "Row", "reason": "Why"})
-    st.caption("As the model reads it; the highlighted part is what it learns to write.")
-    tabs = st.tabs([f"Example {i}" for i in range(1, len(report["preview"]) + 1)])
-    for tab, segments in zip(tabs, report["preview"], strict=True):
-        with tab:
-            text_block(segments)
+    with st.container() if preview else st.expander("Rendered examples"):
+        st.caption("As the model reads it; the highlighted part is what it learns to write.")
+        tabs = st.tabs([f"Example {i}" for i in range(1, len(report["preview"]) + 1)])
+        for tab, segments in zip(tabs, report["preview"], strict=True):
+            with tab:
+                text_block(segments)
 
 
 def _plain(text: str) -> str:

@@ -3,6 +3,7 @@
 import math
 
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+MIB = 2**20
 UNKNOWN = "unknown"
 
 
@@ -11,6 +12,8 @@ def significant(value: float, digits: int = 3) -> str:
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else UNKNOWN
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    # 9.996 with three digits is 10.0, not 10.00.
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(round(value, decimals)))))
     return f"{round(value, decimals):,.{decimals}f}"
 
 

@@ -10,8 +10,9 @@ import charts
 import pandas as pd
 import state
 import streamlit as st
-from formatting import format_bytes, format_duration, format_integer, format_loss, format_percent, significant
-from widgets import show_chart, text_block
+from data_picker import name_of
+from formatting import format_bytes, format_duration, format_loss, format_percent, plural, significant
+from widgets import figures, show_chart, text_block
 
 from lora_engine.errors import InputError, NotFoundError
 from lora_engine.executors import LocalExecutor
@@ -128,6 +129,9 @@ def _outcome(record: RunRecord) -> None:
             disabled=not folder.is_dir(),
         )
         if st.button("Try other ranks", key=f"ranks_{record.id}", icon=":material/grid_on:"):
+            name = name_of(Path(record.config["data"]["path"]))
+            if name is not None:
+                state.remember(state.DATA, name)
             st.switch_page("views/sweep.py")
 
 
@@ -158,22 +162,27 @@ def _figures(record: RunRecord, steps: pd.DataFrame) -> None:
     result, prediction = record.result or {}, record.prediction or {}
     speed = result.get("tokens_per_second") or tokens_per_second(steps)
     measured, predicted = result.get("peak_bytes"), prediction.get("peak_bytes")
-    losses = [record.last_train_loss, record.last_eval_loss]
     kind = PEAK_WORDS.get(str(result.get("peak_kind")), "measured")
     cells: list[tuple[str, str, str]] = [
-        ("Evaluation loss", format_loss(losses[1]), "latest"),
-        ("Training loss", format_loss(losses[0]), "latest step"),
-        ("Speed", f"{significant(speed)} tokens/s" if speed else "unknown", f"last {RECENT_STEPS} steps"),
+        ("Evaluation loss", _or_not_yet(record.last_eval_loss), "latest"),
+        ("Training loss", _or_not_yet(record.last_train_loss), "latest step"),
+        (
+            "Speed",
+            f"{significant(speed)} tokens/s" if speed else "not yet",
+            "whole run" if result else f"latest {RECENT_STEPS} steps",
+        ),
         _memory_cell(measured, predicted, kind),
     ]
-    for column, (label, value, note) in zip(st.columns(4), cells, strict=True):
-        column.metric(label, value)
-        column.caption(note)
+    figures(cells)
+
+
+def _or_not_yet(loss: float | None) -> str:
+    return "not yet" if loss is None else format_loss(loss)
 
 
 def _memory_cell(measured: Any, predicted: Any, kind: str) -> tuple[str, str, str]:
     if measured is None:
-        return "Peak memory", format_bytes(predicted), "predicted; measured when the run is done"
+        return "Peak memory", format_bytes(predicted), "predicted; measured at the end"
     beside = f"; predicted {format_bytes(predicted)}" if predicted else ""
     return "Peak memory", format_bytes(measured), f"{kind}{beside}"
 
@@ -183,9 +192,11 @@ def _before_and_after(record: RunRecord) -> None:
     if not sample:
         return
     st.subheader("The same prompt, before and after", anchor=False)
+    text_block([{"text": sample["prompt"], "trained": False}])
     for column, word in zip(st.columns(2), ("before", "after"), strict=True):
-        column.caption(
-            "Base model" if word == "before" else f"With the adapter, {format_integer(record.num_steps)} steps"
-        )
         with column:
-            text_block([{"text": sample["prompt"], "trained": False}, {"text": str(sample[word]), "trained": True}])
+            st.caption(
+                "Base model" if word == "before" else f"With the adapter, after {plural(record.num_steps, 'step')}"
+            )
+            text = str(sample[word])
+            text_block([{"text": text.strip() or "Nothing but blank lines.", "trained": bool(text.strip())}])

@@ -24,7 +24,7 @@ COLUMNS = {
     "eval_loss_before": st.column_config.NumberColumn("Loss before", format="%.3f"),
     "eval_loss_after": st.column_config.NumberColumn("Loss after", format="%.3f"),
     "seconds": st.column_config.NumberColumn("Seconds", format="%.1f"),
-    "peak_bytes": st.column_config.NumberColumn("Peak memory", format="bytes"),
+    "peak_mib": st.column_config.NumberColumn("Peak memory", format="%.1f MiB"),
     "run_id": st.column_config.TextColumn("Run"),
 }
 SEARCHED = ("run_id", "sweep_id", "data", "model", "targets", "status")

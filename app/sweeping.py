@@ -1,11 +1,13 @@
 """One sweep as it happens and what it found; everything is read from the ledger."""
 
+from pathlib import Path
+
 import cache
 import charts
 import pandas as pd
 import state
 import streamlit as st
-from formatting import format_duration, format_number, plural
+from formatting import MIB, format_duration, format_number, plural
 from widgets import download_table, show_chart
 
 from lora_engine.errors import InputError, NotFoundError
@@ -25,7 +27,7 @@ TABLE_COLUMNS = {
     "eval_loss_before": st.column_config.NumberColumn("Loss before", format="%.3f"),
     "eval_loss_after": st.column_config.NumberColumn("Loss after", format="%.3f"),
     "seconds": st.column_config.NumberColumn("Seconds", format="%.1f"),
-    "peak_bytes": st.column_config.NumberColumn("Peak memory", format="bytes"),
+    "peak_mib": st.column_config.NumberColumn("Peak memory", format="%.1f MiB"),
 }
 
 
@@ -41,6 +43,12 @@ def find_sweep() -> SweepRecord | None:
         state.remember(state.SWEEP, None)
         return None
     return record
+
+
+def data_of(record: SweepRecord | None) -> Path | None:
+    """The file a sweep was trained on."""
+    path = ((record.spec.get("base") or {}).get("data") or {}).get("path") if record else None
+    return Path(path) if path else None
 
 
 def active_runs(sweep_id: str) -> list[RunRecord]:
@@ -155,7 +163,7 @@ def _findings(frame: pd.DataFrame, sweep_id: str) -> None:
             charts.plot_pareto(pareto),
             pareto,
             name=f"pareto_{sweep_id}",
-            alt="Evaluation loss against trainable parameters; a line joins the configurations that nothing smaller beats.",
+            alt="Evaluation loss against trainable parameters; a line joins what nothing smaller beats.",
         )
     _heatmap(frame, sweep_id)
     costs = charts.cost_by_rank_table(frame)
@@ -181,5 +189,6 @@ def _findings(frame: pd.DataFrame, sweep_id: str) -> None:
 
 def _table(frame: pd.DataFrame, sweep_id: str) -> None:
     st.subheader("Every run", anchor=False)
-    st.dataframe(frame[list(TABLE_COLUMNS)], hide_index=True, column_config=TABLE_COLUMNS)
+    shown = frame.assign(peak_mib=frame["peak_bytes"] / MIB)
+    st.dataframe(shown[list(TABLE_COLUMNS)], hide_index=True, column_config=TABLE_COLUMNS)
     download_table(frame, f"sweep_{sweep_id}", "Export CSV")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import cache
 import pandas as pd
@@ -16,7 +16,7 @@ from lora_engine import calc
 from lora_engine.config import OPTIMIZERS, PRECISIONS, LoraConfig
 from lora_engine.errors import InputError
 
-URL = "query-params"
+URL: Literal["query-params"] = "query-params"
 CHART_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
 
@@ -157,6 +157,11 @@ def explain(what: str, formula: Callable[[], None]) -> None:
         formula()
 
 
+def model_word(model: str) -> str:
+    """How a model is called in a sentence."""
+    return "the embedded model" if model == "embedded" else model
+
+
 def empty_state(text: str, button: str, key: str) -> bool:
     """What will be here and the one button that makes it so; True when it was clicked."""
     with st.container(border=True):
@@ -164,23 +169,29 @@ def empty_state(text: str, button: str, key: str) -> bool:
         return st.button(button, type="primary", key=key)
 
 
-VERDICTS = {
-    "yes": ("fits", "✓", "#009E73"),
-    "tight": ("tight", "~", "#E69F00"),
-    "no": ("does not fit", "✕", "#D55E00"),
-}
+VERDICTS = {"yes": ("✓", "#009E73"), "tight": ("~", "#E69F00"), "no": ("✕", "#D55E00")}
+
+
+def card_words(row: Mapping[str, Any]) -> str:
+    """What a card can do, in a few words; `row` has verdict and max_batch."""
+    largest = row["max_batch"]
+    if not largest:
+        return "does not fit, not even one sequence"
+    if row["verdict"] == "no":
+        return f"not this batch; at most {largest:,}"
+    return f"{'fits' if row['verdict'] == 'yes' else 'tight'}; largest batch {largest:,}"
 
 
 def card_chips(rows: list[dict[str, Any]], chosen: str) -> None:
-    """One chip a card; the word says what the colour says."""
+    """One chip a card; the words say what the colour says."""
     chips = []
     for row in rows:
-        word, sign, colour = VERDICTS[row["verdict"]]
-        batch = f"largest batch {row['max_batch']:,}" if row["max_batch"] else "not even one sequence"
+        sign, colour = VERDICTS[row["verdict"]]
         weight = "2px" if row["name"] == chosen else "1px"
+        name = f'<b><span style="color:{colour}">{sign}</span> {escape(row["name"])}</b>'
         chips.append(
             f'<li style="border:{weight} solid {colour}" title="{format_bytes(row["memory_bytes"])}">'
-            f'<b><span style="color:{colour}">{sign}</span> {escape(row["name"])}</b><span>{word}, {batch}</span></li>'
+            f"{name}<span>{card_words(row)}</span></li>"
         )
     st.html(
         "<style>ul.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(12.5rem,1fr));gap:.6rem;"
@@ -202,4 +213,19 @@ def text_block(segments: Sequence[Mapping[str, Any]]) -> None:
         ".text-block mark.trained{background:#E69F0038;color:inherit;border-radius:3px;"
         "box-shadow:0 1px 0 0 #E69F00}</style>"
         f'<div class="text-block">{"".join(parts)}</div>'
+    )
+
+
+def figures(cells: Sequence[tuple[str, str, str]]) -> None:
+    """A row of readings: (what it is, value with its unit, where it is from)."""
+    parts = "".join(
+        f'<div><dt>{escape(what)}</dt><dd class="value">{escape(value)}</dd><dd>{escape(note)}</dd></div>'
+        for what, value, note in cells
+    )
+    st.html(
+        "<style>dl.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.8rem 0;"
+        "margin:.4rem 0;padding:0;font-variant-numeric:tabular-nums}dl.figures div{padding:0 .9rem;"
+        "border-left:1px solid #8a8f9455}dl.figures dt,dl.figures dd{margin:0;font-size:.87rem;opacity:.75}"
+        "dl.figures dd.value{font-size:1.35rem;font-weight:650;line-height:1.35;opacity:1}</style>"
+        f'<dl class="figures">{parts}</dl>'
     )

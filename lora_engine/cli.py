@@ -148,13 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, arguments.command, error)
     except KeyboardInterrupt:
         return _fail(1, arguments.command, "stopped.")
-    except BrokenPipeError:
-        return 0
     except OSError as error:
         return _fail(2, arguments.command, f"{error.filename or 'file'}: {error.strerror}.")
     if payload is not None:
-        print(json.dumps(finite_only(payload), allow_nan=False, default=str) if arguments.json else text)
-        return 1 if payload.get("status") == "failed" else 0
+        try:
+            print(
+                json.dumps(finite_only(payload), allow_nan=False, default=str) if arguments.json else text, flush=True
+            )
+        except BrokenPipeError:  # the reader of a pipe had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,16 @@ def train(arguments: argparse.Namespace) -> Output:
     ledger = Ledger(default_home())
     method = _method(arguments)
     lr = arguments.lr if arguments.lr is not None else (FULL_LR if arguments.method == "full" else LORA_LR)
+    train = _loop(arguments, lr=lr, seed=arguments.seed)
+    dataset, labelled_share = _data(ledger, arguments)
     config = RunConfig(
         model=_model_name(arguments.model),
-        data=_data(ledger, arguments),
+        data=dataset,
         method=method,
-        train=_loop(arguments, lr=lr, seed=arguments.seed),
+        train=train,
     )
-    run_id = ledger.create_run(to_dict(config), prediction=predict_run(config), num_steps=config.train.steps)
+    prediction = predict_run(config, labelled_share=labelled_share)
+    run_id = ledger.create_run(to_dict(config), prediction=prediction, num_steps=config.train.steps)
     executor = LocalExecutor(ledger.home)
     executor.submit([run_id])
     record = _follow(ledger, [run_id], quiet=arguments.json, cancel=executor.cancel)[0]
@@ -150,7 +154,8 @@ def train(arguments: argparse.Namespace) -> Output:
         else f"Run {run_id} {record.status}. Evaluation loss: {payload['eval_loss_before']} before, "
         f"{payload['eval_loss_after']} after.",
         f"Trained {count_text(payload['trainable_parameters'])} of "
-        f"{count_text(payload['total_parameters'])} parameters; peak memory {bytes_text(payload['peak_bytes'])} measured, "
+        f"{count_text(payload['total_parameters'])} parameters; "
+        f"peak memory {bytes_text(payload['peak_bytes'])} measured, "
         f"{bytes_text(payload['predicted_peak_bytes'])} predicted.",
         f"Prompt: {sample.get('prompt', '')!r}",
         f"Before: {sample.get('before', '')!r}",
@@ -162,16 +167,14 @@ def train(arguments: argparse.Namespace) -> Output:
 
 def sweep(arguments: argparse.Namespace) -> Output:
     ledger = Ledger(default_home())
-    base = RunConfig(
-        model=_model_name(arguments.model),
-        data=_data(ledger, arguments),
-        method=LoraConfig(target_modules=parse_targets(arguments.targets), use_rslora=arguments.rslora),
-        train=_loop(arguments, lr=LORA_LR, seed=0),
-    )
+    method = LoraConfig(target_modules=parse_targets(arguments.targets), use_rslora=arguments.rslora)
+    train = _loop(arguments, lr=LORA_LR, seed=0)
+    dataset, labelled_share = _data(ledger, arguments)
+    base = RunConfig(model=_model_name(arguments.model), data=dataset, method=method, train=train)
     spec = SweepSpec(base=base, rs=arguments.r, lora_alphas=arguments.alpha, lrs=arguments.lr, seeds=arguments.seeds)
     executor = LocalExecutor(ledger.home)
     began = time.monotonic()
-    sweep_id = start_sweep(ledger, spec, executor, predict_run)
+    sweep_id = start_sweep(ledger, spec, executor, partial(predict_run, labelled_share=labelled_share))
     sweep_run_ids = list(ledger.get_sweep(sweep_id).run_ids)
     records = _follow(ledger, sweep_run_ids, quiet=arguments.json, cancel=executor.cancel)
     frame = runs_frame(ledger, sweep_id)
@@ -290,6 +293,7 @@ def pretrain(arguments: argparse.Namespace) -> Output:
     with tqdm(total=config.num_steps, unit="step", disable=arguments.json) as bar:
 
         def on_step(step: int, _num_steps: int, loss: float, rate: float) -> None:
+            bar.initial = bar.initial or step - 1
             bar.n = step
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{rate:.0f}", refresh=False)
             bar.refresh()
@@ -344,13 +348,14 @@ def _file(path: str) -> Path:
     return found
 
 
-def _data(ledger: Ledger, arguments: argparse.Namespace) -> DataConfig:
-    """Check the dataset before anything starts, then keep a copy with the ledger."""
+def _data(ledger: Ledger, arguments: argparse.Namespace) -> tuple[DataConfig, float]:
+    """Check the dataset before anything starts, then keep a copy with the ledger; also its labelled share."""
     from lora_engine.data import check_dataset, load_tokenizer
 
     path = _file(arguments.data)
-    check_dataset(path, load_tokenizer(_model_folder(arguments.model)), max_length=arguments.seq)
-    return DataConfig(path=str(store_upload(ledger.home, path.name, path.read_bytes())))
+    report = check_dataset(path, load_tokenizer(_model_folder(arguments.model)), max_length=arguments.seq).to_dict()
+    stored = store_upload(ledger.home, path.name, path.read_bytes())
+    return DataConfig(path=str(stored)), report["trained_tokens"] / report["tokens"]
 
 
 def _model_name(model: str) -> str:

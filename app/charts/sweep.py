@@ -3,11 +3,15 @@
 `frame` is the tidy table of runs (`lora_engine.runs.runs_frame`); `cells` has one row a configuration and `best`
 one a rank or a rank and alpha, with the columns of `lora_engine.sweeps.summarize_cells` and `best_over`."""
 
+import math
+
 import pandas as pd
 import plotly.graph_objects as go
 from formatting import byte_unit, format_bytes, format_integer, format_loss, format_number, format_ratio, plural
 
 from charts.common import BLUE, GREY, ORANGE, base_layout, empty_figure, faded, rank_axis
+
+Cells = dict[tuple[float, float], object]
 
 WAITING = "The first finished run starts this chart."
 
@@ -110,13 +114,14 @@ def plot_pareto(table: pd.DataFrame) -> go.Figure:
         line={"color": ORANGE, "width": 2, "shape": "hv"},
         marker={"size": 10, "color": ORANGE},
         text=[f"r {format_number(r)}" for r in front["r"]],
-        textposition="bottom left",
+        textposition="top right",
         customdata=detail(front),
         hovertemplate=hover,
     )
     base_layout(figure, x="Trainable parameters", y="Evaluation loss (nats a token)", showlegend=len(rest) > 0)
     ticks = sorted(set(table["trainable_parameters"]))
-    figure.update_xaxes(type="log", showgrid=False)
+    # Room for the labels beside the first and the last point; a log axis takes exponents.
+    figure.update_xaxes(type="log", showgrid=False, range=[math.log10(ticks[0]) - 0.12, math.log10(ticks[-1]) + 0.2])
     if len(ticks) <= 6:
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{t:,.0f}" for t in ticks])
     return figure
@@ -135,9 +140,12 @@ def heatmap_table(frame: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
 def plot_heatmap(table: pd.DataFrame) -> go.Figure:
     """Loss over rank and alpha; dotted lines join cells of equal alpha / r."""
     ranks, alphas = sorted(set(table["r"])), sorted(set(table["lora_alpha"]))
-    cell = {(row.r, row.lora_alpha): row for row in table.itertuples()}
+    cell: Cells = {
+        (float(r), float(a)): row for r, a, row in zip(table["r"], table["lora_alpha"], table.itertuples(), strict=True)
+    }
     z = [[_loss(cell.get((r, a))) for r in ranks] for a in alphas]
     known = [v for line in z for v in line if v is not None]
+    decimals = telling_decimals(known)
     figure = go.Figure()
     figure.add_heatmap(
         z=z,
@@ -150,7 +158,7 @@ def plot_heatmap(table: pd.DataFrame) -> go.Figure:
         colorbar={"title": {"text": "loss"}, "thickness": 12},
         xgap=3,
         ygap=3,
-        text=[[_cell_text(cell.get((r, a))) for r in ranks] for a in alphas],
+        text=[[_cell_text(v, decimals) for v in line] for line in z],
         texttemplate="%{text}" if known else None,
         customdata=[[_cell_hover(r, a, cell.get((r, a))) for r in ranks] for a in alphas],
         hovertemplate="%{customdata}<extra></extra>",
@@ -180,9 +188,16 @@ def _loss(row: object) -> float | None:
     return None if value != value else float(value)  # NaN is not itself
 
 
-def _cell_text(row: object) -> str:
-    value = _loss(row)
-    return "" if value is None else format_loss(value)
+def _cell_text(value: float | None, decimals: int) -> str:
+    return "" if value is None else f"{value:.{decimals}f}"
+
+
+def telling_decimals(values: list[float], *, least: int = 2, most: int = 4) -> int:
+    """As few decimals as tell the values apart."""
+    for decimals in range(least, most):
+        if len({f"{value:.{decimals}f}" for value in values}) == len(set(values)):
+            return decimals
+    return most
 
 
 def _cell_hover(r: float, alpha: float, row: object) -> str:
@@ -194,9 +209,7 @@ def _cell_hover(r: float, alpha: float, row: object) -> str:
     return f"{head}{loss}<br>{getattr(row, 'done', 0)} of {plural(getattr(row, 'total', 0), 'run')} done"
 
 
-def _waiting_marks(
-    figure: go.Figure, ranks: list[float], alphas: list[float], cell: dict[tuple[float, float], object]
-) -> None:
+def _waiting_marks(figure: go.Figure, ranks: list[float], alphas: list[float], cell: Cells) -> None:
     for word, running in (("running", True), ("queued", False)):
         spots = [
             (i, j)
@@ -217,9 +230,7 @@ def _waiting_marks(
             )
 
 
-def _equal_ratio_lines(
-    figure: go.Figure, ranks: list[float], alphas: list[float], cell: dict[tuple[float, float], object]
-) -> None:
+def _equal_ratio_lines(figure: go.Figure, ranks: list[float], alphas: list[float], cell: Cells) -> None:
     by_ratio: dict[float, list[tuple[int, int]]] = {}
     for i, r in enumerate(ranks):
         for j, a in enumerate(alphas):

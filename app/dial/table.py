@@ -17,7 +17,7 @@ from formatting import (
 
 # The drawing's canvas, in SVG user units.
 CANVAS_WIDTH, CANVAS_HEIGHT, GAP = 640.0, 250.0, 74.0
-TOP, HAIRLINE = 8.0, 1.5
+TOP, LABELS, HAIRLINE = 8.0, 46.0, 1.5
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ def answer(row: Mapping[str, Any], full: FullCost, precision: str) -> str:
     other = "" if full.precision == precision else f" in {full.precision}"
     return (
         f"LoRA at rank {row['r']} trains {format_count(row['trainable_parameters'])} of "
-        f"{format_count(full.total_parameters)} parameters ({format_percent(row['trainable_percent'])}) and needs "
-        f"{format_bytes(row['peak_bytes'])} to train where full fine-tuning{other} needs {format_bytes(full.peak_bytes)}."
+        f"{format_count(full.total_parameters)} parameters ({format_percent(row['trainable_percent'])}) "
+        f"and needs {format_bytes(row['peak_bytes'])} to train where full fine-tuning{other} needs "
+        f"{format_bytes(full.peak_bytes)}."
     )
 
 
@@ -139,21 +140,19 @@ def _bar(terms: Mapping[str, int], largest: int) -> list[dict[str, str]]:
 def drawing(module: DrawnModule, r: int, widest: int) -> dict[str, Any]:
     """W0 (out x in), B (out x r) and A (r x in) to one scale, chosen once for all ranks."""
     rows, columns = module.out_features, module.in_features
-    room = CANVAS_WIDTH - 2 * GAP
-    scale = min(
-        room / (2 * columns + min(widest, 2 * columns)), (CANVAS_HEIGHT - TOP - 46) / max(rows, min(widest, rows))
-    )
+    tall = CANVAS_HEIGHT - TOP - LABELS
+    scale = min((CANVAS_WIDTH - 2 * GAP) / (2 * columns + widest), tall / max(rows, widest))
     width, height = columns * scale, rows * scale
-    thin = max(min(r, 2 * columns) * scale, HAIRLINE)
+    thin = max(r * scale, HAIRLINE)
     left = (CANVAS_WIDTH - (2 * width + thin + 2 * GAP)) / 2
     at_b, at_a = left + width + GAP, left + width + GAP + thin + GAP
-    middle = TOP + height / 2
-    a_height = min(max(r * scale, HAIRLINE), CANVAS_HEIGHT - TOP - 46)
+    middle = TOP + max(height, r * scale) / 2
+    a_height = max(r * scale, HAIRLINE)
     under = TOP + max(height, a_height) + 18
     return {
         "w0": _rect(left, middle - height / 2, width, height),
         "b": _rect(at_b, middle - height / 2, thin, height),
-        "a": _rect(at_a, max(TOP, middle - a_height / 2), width, a_height),
+        "a": _rect(at_a, middle - a_height / 2, width, a_height),
         "plus": _place(left + width + GAP / 2, middle + 6),
         "dot": _place(at_b + thin + GAP / 2, middle + 6),
         "w0_text": _label(left + width / 2, under, "W₀ frozen", f"{rows:,} × {columns:,}"),

@@ -1,5 +1,7 @@
 """Fine-tune: what happens on my data?"""
 
+from pathlib import Path
+
 import cache
 import live
 import state
@@ -7,7 +9,7 @@ import streamlit as st
 from data_picker import choose
 from formatting import format_integer, format_number, format_percent
 from loop_form import loop_form, predict, predicted_sentence, run_config, show_notes
-from widgets import explain
+from widgets import explain, model_word
 
 from lora_engine.config import to_dict
 from lora_engine.errors import InputError
@@ -30,7 +32,7 @@ if record is not None:
         live.show_run(record)
 
 st.subheader("Data", anchor=False)
-chosen = choose(settings)
+chosen = choose(settings, used=Path(record.config["data"]["path"]) if record else None)
 
 if chosen is not None and chosen.usable:
     st.subheader("Settings", anchor=False)
@@ -47,7 +49,7 @@ if chosen is not None and chosen.usable:
             f"LoRA at rank {settings.r} and alpha {format_number(settings.lora_alpha)} trains "
             f"{format_integer(prediction['trainable_parameters'])} parameters "
             f"({format_percent(100 * prediction['trainable_parameters'] / prediction['total_parameters'])}) of "
-            f"{settings.model} on {settings.targets_word}. {predicted_sentence(config, prediction)}"
+            f"{model_word(settings.model)}, in {settings.targets_word}. {predicted_sentence(config, prediction)}"
         )
         busy = record is not None and live.is_active(record)
         st.button("Start", type="primary", key="start", on_click=start, disabled=busy, icon=":material/play_arrow:")
@@ -61,7 +63,7 @@ def _formula() -> None:
 
 
 explain(
-    "A fine-tune shows the model your examples and moves only the adapter so that the highlighted parts become likelier. "
-    "The evaluation loss is measured on a tenth of your rows that it never trains on.",
+    "A fine-tune shows the model your examples and moves only the adapter so that the highlighted parts become "
+    "likelier. The evaluation loss is measured on a tenth of your rows that it never trains on.",
     _formula,
 )

@@ -6,6 +6,7 @@ import run_history
 import state
 import streamlit as st
 from charts.curves import curve_name
+from formatting import MIB
 from widgets import download_table, empty_state, show_chart
 
 from lora_engine.runs import evals_frame, runs_frame
@@ -24,7 +25,7 @@ if frame.empty:
 
 shown = run_history.filters(frame)
 event = st.dataframe(
-    shown[list(run_history.COLUMNS)],
+    shown.assign(peak_mib=shown["peak_bytes"] / MIB)[list(run_history.COLUMNS)],
     hide_index=True,
     key="runs_table",
     on_select="rerun",

@@ -1,12 +1,16 @@
 """Sweep: which rank and alpha?"""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import cache
 import state
 import streamlit as st
 import sweeping
 from data_picker import choose
-from formatting import format_duration, plural
+from formatting import format_duration, format_number, plural
 from loop_form import RATES, Loop, predict, run_config, show_notes
+from streamlit.delta_generator import DeltaGenerator
 from widgets import explain
 
 from lora_engine.config import DEVICES
@@ -15,6 +19,7 @@ from lora_engine.executors import LocalExecutor
 from lora_engine.runs import runs_frame
 from lora_engine.sweeps import SweepSpec, estimate_sweep_seconds, find_throughput, start_sweep
 
+V = TypeVar("V", int, float)
 SEEDS = (0, 1, 2, 3, 4)
 
 settings = state.current()
@@ -29,6 +34,21 @@ def start() -> None:
     state.remember(state.SWEEP, start_sweep(cache.ledger(), spec, executor, predict_run))
 
 
+def pick(column: DeltaGenerator, label: str, options: Sequence[V], default: Sequence[V], key: str) -> list[V]:
+    """Chips, any number of them; in order."""
+    chosen = column.pills(
+        label,
+        options,
+        selection_mode="multi",
+        default=default,
+        format_func=format_number,
+        key=key,
+        wrap=True,
+        persist_state="session",
+    )
+    return sorted(chosen)
+
+
 record = sweeping.find_sweep()
 busy = record is not None and bool(sweeping.active_runs(record.id))
 if record is not None:
@@ -36,18 +56,15 @@ if record is not None:
         sweeping.show_sweep(record.id)
 
 st.subheader("Data", anchor=False)
-chosen = choose(settings)
+chosen = choose(settings, preview=False, used=sweeping.data_of(record))
 
 if chosen is not None and chosen.usable:
     st.subheader("Grid", anchor=False)
     left, right = st.columns(2, gap="large")
-    keep = {"selection_mode": "multi", "persist_state": "session", "wrap": True}
-    rs = left.pills("Rank (r)", state.RANKS, default=(1, 2, 4, 8), key="grid_r", **keep)
-    alphas = left.pills(
-        "Scaling (alpha)", state.ALPHAS, default=(8.0, 16.0), format_func="{:g}".format, key="grid_alpha", **keep
-    )
-    lrs = right.pills("Learning rate", RATES, default=(3e-3,), format_func="{:g}".format, key="grid_lr", **keep)
-    seeds = right.pills("Seed", SEEDS, default=(0, 1), key="grid_seed", **keep)
+    rs = pick(left, "Rank (r)", state.RANKS, (1, 2, 4, 8), "grid_r")
+    alphas = pick(left, "Scaling (alpha)", state.ALPHAS, (8.0, 16.0), "grid_alpha")
+    lrs = pick(right, "Learning rate", RATES, (3e-3,), "grid_lr")
+    seeds = pick(right, "Seed", SEEDS, (0, 1), "grid_seed")
     left, right = st.columns(2, gap="large")
     steps = left.number_input("Steps a run", 1, 1_000_000, 60, step=10, key="grid_steps", persist_state="session")
     device = right.segmented_control(
@@ -61,10 +78,10 @@ if chosen is not None and chosen.usable:
         base = run_config(settings, chosen, Loop(steps=int(steps), device=str(device)))
         spec = SweepSpec(
             base=base,
-            rs=tuple(sorted(rs)),
-            lora_alphas=tuple(sorted(alphas)),
-            lrs=tuple(sorted(lrs)),
-            seeds=tuple(sorted(seeds)),
+            rs=tuple(rs),
+            lora_alphas=tuple(alphas),
+            lrs=tuple(lrs),
+            seeds=tuple(seeds),
         )
     except InputError as error:
         st.error(str(error))
@@ -85,13 +102,14 @@ if chosen is not None and chosen.usable:
 
 def _formula() -> None:
     st.latex(
-        r"r^\star = \min \{\, r : \min_{\alpha,\eta} \bar{\mathcal{L}}(r,\alpha,\eta) \le \mathcal{L}_\text{best} + \sigma \,\}"
+        r"r^\star = \min \{\, r : \min_{\alpha,\eta} \bar{\mathcal{L}}(r,\alpha,\eta)"
+        r" \le \mathcal{L}_\text{best} + \sigma \,\}"
     )
     st.caption("The bar: mean over seeds. Sigma: the standard deviation over seeds, pooled over ranks.")
 
 
 explain(
-    "A sweep trains the same data with every combination of rank, alpha, learning rate and seed. With alpha / r scaling, "
-    "alpha acts much like a learning rate: compare ranks at their best learning rate, not at one.",
+    "A sweep trains the same data with every combination of rank, alpha, learning rate and seed. With alpha / r "
+    "scaling, alpha acts much like a learning rate: compare ranks at their best learning rate, not at one.",
     _formula,
 )

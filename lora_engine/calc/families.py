@@ -8,56 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from lora_engine.calc.encoders import encoder
 from lora_engine.calc.facts import MAX_LAYERS, MAX_VOCAB, Facts
-from lora_engine.calc.structure import LinearShape, ModelShape, OtherShape
+from lora_engine.calc.parts import Parts, common_fields, sizes_of
+from lora_engine.calc.structure import ModelShape
 from lora_engine.errors import ModelConfigError
-
-
-class _Parts:
-    """Collects the parts of one model in its order."""
-
-    def __init__(self, num_layers: int, *, norm_bias: bool = False, kind: str = "linear") -> None:
-        self.num_layers, self.norm_bias, self.kind = num_layers, norm_bias, kind
-        self.linears: list[LinearShape] = []
-        self.others: list[OtherShape] = []
-
-    def linear(self, name: str, in_features: int, out_features: int, group: str, *, bias: bool = False) -> None:
-        self.linears.append(LinearShape(name, self.num_layers, in_features, out_features, self.kind, bias, group))
-
-    def outer(
-        self, name: str, in_features: int, out_features: int, group: str, *, bias: bool = False, tied: bool = False
-    ) -> None:
-        """A linear that stands outside the layers."""
-        self.linears.append(LinearShape(name, 1, in_features, out_features, "linear", bias, group, False, tied))
-
-    def embedding(self, name: str, rows: int, width: int) -> None:
-        self.others.append(OtherShape(name, 1, rows * width, "embedding", width))
-
-    def norm(self, name: str, width: int, feeds: tuple[str, ...] = (), *, affine: bool = True) -> None:
-        """A norm in each layer."""
-        size = self._size(width) if affine else 0
-        self.others.append(OtherShape(name, self.num_layers, size, "norm", width, True, feeds))
-
-    def head_norm(self, name: str, head_dim: int, width: int) -> None:
-        """A norm over each head, in each layer: `head_dim` weights read `width` values per token."""
-        size, groups = self._size(head_dim), width // head_dim
-        self.others.append(OtherShape(name, self.num_layers, size, "norm", width, True, num_groups=groups))
-
-    def outer_norm(self, name: str, width: int) -> None:
-        self.others.append(OtherShape(name, 1, self._size(width), "norm", width))
-
-    def _size(self, width: int) -> int:
-        return 2 * width if self.norm_bias else width
-
-
-def _sizes(facts: Facts) -> tuple[int, int, int, int]:
-    """hidden size, layers, heads, vocabulary."""
-    return (
-        facts.size("hidden_size"),
-        facts.size("num_hidden_layers", high=MAX_LAYERS),
-        facts.size("num_attention_heads"),
-        facts.size("vocab_size", high=MAX_VOCAB),
-    )
 
 
 def _llama_like(
@@ -77,12 +32,12 @@ def _llama_like(
     **more: Any,
 ) -> ModelShape:
     """RMS norms, rotary positions, separate q, k, v and o, a gated MLP of three maps."""
-    h, layers, heads, vocab = _sizes(facts)
+    h, layers, heads, vocab = sizes_of(facts)
     inner = facts.size("intermediate_size")
-    kv_heads = facts.kv_heads("num_key_value_heads", heads, default_kv)
     d = facts.size("head_dim", default=default_head_dim) if default_head_dim is not None else facts.head_dim(h, heads)
+    kv_heads = facts.kv_heads("num_key_value_heads", heads, default_kv)
     tied = facts.flag("tie_word_embeddings", tied)
-    parts = _Parts(layers)
+    parts = Parts(layers)
     parts.embedding("model.embed_tokens", vocab, h)
     parts.linear("self_attn.q_proj", h, heads * d, "attention", bias=qkv_bias)
     parts.linear("self_attn.k_proj", h, kv_heads * d, "attention", bias=qkv_bias)
@@ -103,7 +58,7 @@ def _llama_like(
     parts.outer_norm("model.norm", h)
     parts.outer("lm_head", h, vocab, "head", tied=tied)
     return ModelShape(
-        **_common(facts, architecture, (h, layers, heads, vocab), kv_heads, d, inner, default_positions),
+        **common_fields(facts, architecture, (h, layers, heads, vocab), kv_heads, d, inner, default_positions),
         tied=tied,
         linears=tuple(parts.linears),
         others=tuple(parts.others),
@@ -116,31 +71,6 @@ def _llama_like(
         rotary=True,
         **more,
     )
-
-
-def _common(
-    facts: Facts,
-    architecture: str,
-    sizes: tuple[int, int, int, int],
-    kv_heads: int,
-    head_dim: int,
-    inner: int,
-    positions: int,
-) -> dict[str, Any]:
-    h, layers, heads, vocab = sizes
-    return {
-        "name": facts.name,
-        "model_type": facts.text("model_type", default=""),
-        "architecture": architecture,
-        "hidden_size": h,
-        "num_layers": layers,
-        "vocab_size": vocab,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": inner,
-        "max_positions": facts.size("max_position_embeddings", "n_positions", default=positions),
-    }
 
 
 def llama(facts: Facts) -> ModelShape:
@@ -208,11 +138,11 @@ def gemma2(facts: Facts) -> ModelShape:
 
 def phi3(facts: Facts) -> ModelShape:
     """q, k and v are one map, and so are gate and up."""
-    sizes = h, layers, heads, vocab = _sizes(facts)
+    sizes = h, layers, heads, vocab = sizes_of(facts)
     inner = facts.size("intermediate_size")
-    kv_heads, d = facts.kv_heads("num_key_value_heads", heads), facts.head_dim(h, heads)
+    d, kv_heads = facts.head_dim(h, heads), facts.kv_heads("num_key_value_heads", heads)
     tied = facts.flag("tie_word_embeddings", False)
-    parts = _Parts(layers)
+    parts = Parts(layers)
     parts.embedding("model.embed_tokens", vocab, h)
     parts.linear("self_attn.o_proj", heads * d, h, "attention")
     parts.linear("self_attn.qkv_proj", h, (heads + 2 * kv_heads) * d, "attention")
@@ -223,7 +153,7 @@ def phi3(facts: Facts) -> ModelShape:
     parts.outer_norm("model.norm", h)
     parts.outer("lm_head", h, vocab, "head", tied=tied)
     return ModelShape(
-        **_common(facts, "Phi3ForCausalLM", sizes, kv_heads, d, inner, 4096),
+        **common_fields(facts, "Phi3ForCausalLM", sizes, kv_heads, d, inner, 4096),
         tied=tied,
         linears=tuple(parts.linears),
         others=tuple(parts.others),
@@ -240,11 +170,11 @@ def phi3(facts: Facts) -> ModelShape:
 
 def phi(facts: Facts) -> ModelShape:
     """Phi-1, 1.5 and 2: one norm feeds attention and MLP side by side; everything has a bias, the head too."""
-    sizes = h, layers, heads, vocab = _sizes(facts)
+    sizes = h, layers, heads, vocab = sizes_of(facts)
     inner = facts.size("intermediate_size")
-    kv_heads, d = facts.kv_heads("num_key_value_heads", heads), facts.head_dim(h, heads)
+    d, kv_heads = facts.head_dim(h, heads), facts.kv_heads("num_key_value_heads", heads)
     tied = facts.flag("tie_word_embeddings", False)
-    parts = _Parts(layers, norm_bias=True)
+    parts = Parts(layers, norm_bias=True)
     parts.embedding("model.embed_tokens", vocab, h)
     parts.linear("self_attn.q_proj", h, heads * d, "attention", bias=True)
     parts.linear("self_attn.k_proj", h, kv_heads * d, "attention", bias=True)
@@ -259,7 +189,7 @@ def phi(facts: Facts) -> ModelShape:
     parts.outer_norm("model.final_layernorm", h)
     parts.outer("lm_head", h, vocab, "head", bias=True, tied=tied)
     return ModelShape(
-        **_common(facts, "PhiForCausalLM", sizes, kv_heads, d, inner, 2048),
+        **common_fields(facts, "PhiForCausalLM", sizes, kv_heads, d, inner, 2048),
         tied=tied,
         linears=tuple(parts.linears),
         others=tuple(parts.others),
@@ -284,7 +214,7 @@ def gpt2(facts: Facts) -> ModelShape:
     positions = facts.size("max_position_embeddings", "n_positions", default=1024)
     inner = facts.size("n_inner", default=4 * h)
     d, tied = facts.derived_head_dim(h, heads), facts.flag("tie_word_embeddings", True)
-    parts = _Parts(layers, norm_bias=True, kind="conv1d")
+    parts = Parts(layers, norm_bias=True, kind="conv1d")
     parts.embedding("transformer.wte", vocab, h)
     parts.embedding("transformer.wpe", positions, h)
     parts.norm("ln_1", h, ("attn.c_attn",))
@@ -296,7 +226,7 @@ def gpt2(facts: Facts) -> ModelShape:
     parts.outer_norm("transformer.ln_f", h)
     parts.outer("lm_head", h, vocab, "head", tied=tied)
     return ModelShape(
-        **_common(facts, "GPT2LMHeadModel", (h, layers, heads, vocab), heads, d, inner, 1024),
+        **common_fields(facts, "GPT2LMHeadModel", (h, layers, heads, vocab), heads, d, inner, 1024),
         tied=tied,
         linears=tuple(parts.linears),
         others=tuple(parts.others),
@@ -313,10 +243,10 @@ def gpt2(facts: Facts) -> ModelShape:
 
 def gpt_neox(facts: Facts) -> ModelShape:
     """Pythia and GPT-NeoX: fused query_key_value, attention and MLP side by side."""
-    sizes = h, layers, heads, vocab = _sizes(facts)
+    sizes = h, layers, heads, vocab = sizes_of(facts)
     inner, d = facts.size("intermediate_size"), facts.derived_head_dim(h, heads)
     bias, tied = facts.flag("attention_bias", True), facts.flag("tie_word_embeddings", False)
-    parts = _Parts(layers, norm_bias=True)
+    parts = Parts(layers, norm_bias=True)
     parts.embedding("gpt_neox.embed_in", vocab, h)
     parts.norm("input_layernorm", h, ("attention.query_key_value",))
     parts.norm("post_attention_layernorm", h, ("mlp.dense_h_to_4h",))
@@ -327,7 +257,7 @@ def gpt_neox(facts: Facts) -> ModelShape:
     parts.outer_norm("gpt_neox.final_layer_norm", h)
     parts.outer("lm_head", h, vocab, "head", tied=tied)
     return ModelShape(
-        **_common(facts, "GPTNeoXForCausalLM", sizes, heads, d, inner, 2048),
+        **common_fields(facts, "GPTNeoXForCausalLM", sizes, heads, d, inner, 2048),
         tied=tied,
         linears=tuple(parts.linears),
         others=tuple(parts.others),
@@ -345,7 +275,7 @@ def gpt_neox(facts: Facts) -> ModelShape:
 
 def opt(facts: Facts) -> ModelShape:
     """Learned positions with an offset of 2; the 350m projects its narrower embeddings in and out."""
-    sizes = h, layers, heads, vocab = _sizes(facts)
+    sizes = h, layers, heads, vocab = sizes_of(facts)
     inner, d = facts.size("ffn_dim"), facts.derived_head_dim(h, heads)
     positions = facts.size("max_position_embeddings", default=2048)
     width = facts.size("word_embed_proj_dim", default=h)
@@ -353,7 +283,7 @@ def opt(facts: Facts) -> ModelShape:
     tied = facts.flag("tie_word_embeddings", True)
     norm_first = facts.flag("do_layer_norm_before", True)
     qkv = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj")
-    parts = _Parts(layers, norm_bias=True)
+    parts = Parts(layers, norm_bias=True)
     parts.embedding("model.decoder.embed_tokens", vocab, width)
     parts.embedding("model.decoder.embed_positions", positions + 2, h)
     if width != h:
@@ -371,7 +301,7 @@ def opt(facts: Facts) -> ModelShape:
     parts.norm("final_layer_norm", h, ("fc1",) if norm_first else qkv, affine=affine)
     parts.outer("lm_head", width, vocab, "head", tied=tied)
     return ModelShape(
-        **_common(facts, "OPTForCausalLM", sizes, heads, d, inner, 2048),
+        **common_fields(facts, "OPTForCausalLM", sizes, heads, d, inner, 2048),
         tied=tied,
         linears=tuple(parts.linears),
         others=tuple(parts.others),
@@ -398,7 +328,7 @@ def falcon(facts: Facts) -> ModelShape:
     tied = facts.flag("tie_word_embeddings", True)
     kv_heads = facts.kv_heads("num_kv_heads", heads) if new else (1 if one_kv else heads)
     num_norms = facts.size("num_ln_in_parallel_attn", default=2 if new else 1)
-    parts = _Parts(layers, norm_bias=True)
+    parts = Parts(layers, norm_bias=True)
     parts.embedding("transformer.word_embeddings", vocab, h)
     parts.linear("self_attention.query_key_value", h, (heads + 2 * kv_heads) * d, "attention", bias=bias)
     parts.linear("self_attention.dense", h, h, "attention", bias=bias)
@@ -416,7 +346,7 @@ def falcon(facts: Facts) -> ModelShape:
     parts.outer_norm("transformer.ln_f", h)
     parts.outer("lm_head", h, vocab, "head", tied=tied)
     return ModelShape(
-        **_common(facts, "FalconForCausalLM", (h, layers, heads, vocab), kv_heads, d, inner, 2048),
+        **common_fields(facts, "FalconForCausalLM", (h, layers, heads, vocab), kv_heads, d, inner, 2048),
         tied=tied,
         linears=tuple(parts.linears),
         others=tuple(parts.others),
@@ -430,85 +360,6 @@ def falcon(facts: Facts) -> ModelShape:
         parallel=parallel,
         num_dropouts=2 if facts.rate("hidden_dropout", 0.0) else 0,
     )
-
-
-_ENCODER_TASKS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-
-
-def encoder(facts: Facts) -> ModelShape:
-    """BERT and RoBERTa, with the head that `architectures` names; without one, the bare model and its pooler.
-
-    ForMaskedLM, ForTokenClassification and ForQuestionAnswering have no pooler, nor has RoBERTa's classifier."""
-    sizes = h, layers, heads, vocab = _sizes(facts)
-    inner, d = facts.size("intermediate_size"), facts.derived_head_dim(h, heads)
-    positions = facts.size("max_position_embeddings", default=512)
-    family = facts.text("model_type", default="bert")
-    title = {"bert": "Bert", "roberta": "Roberta"}[family]
-    listed = facts.values.get("architectures")
-    first = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
-    task = next((t for t in _ENCODER_TASKS if first == title + t), None)
-    tied = task == "ForMaskedLM" and facts.flag("tie_word_embeddings", True)
-    root = f"{family}." if task else ""
-    parts = _Parts(layers, norm_bias=True)
-    for name, rows in (
-        ("word", vocab),
-        ("position", positions),
-        ("token_type", facts.size("type_vocab_size", default=2)),
-    ):
-        parts.embedding(f"{root}embeddings.{name}_embeddings", rows, h)
-    parts.outer_norm(f"{root}embeddings.LayerNorm", h)
-    qkv = tuple(f"attention.self.{x}" for x in ("query", "key", "value"))
-    for name in qkv:
-        parts.linear(name, h, h, "attention", bias=True)
-    parts.linear("attention.output.dense", h, h, "attention", bias=True)
-    parts.norm("attention.output.LayerNorm", h, ("intermediate.dense",))
-    parts.linear("intermediate.dense", h, inner, "mlp", bias=True)
-    parts.linear("output.dense", inner, h, "mlp", bias=True)
-    parts.norm("output.LayerNorm", h, qkv)
-    head = _encoder_head(parts, facts, family, task, (h, vocab), root, tied)
-    return ModelShape(
-        **_common(facts, title + (task or "Model"), sizes, heads, d, inner, 512),
-        tied=tied,
-        linears=tuple(parts.linears),
-        others=tuple(parts.others),
-        layer_path=f"{root}encoder.layer",
-        output_head=head,
-        norm_kind="layer",
-        activation=facts.text("hidden_act", default="gelu"),
-        gated=False,
-        fused_qkv=False,
-        rotary=False,
-        num_dropouts=2 if facts.rate("hidden_dropout_prob", 0.1) else 0,
-    )
-
-
-def _encoder_head(
-    parts: _Parts, facts: Facts, family: str, task: str | None, sizes: tuple[int, int], root: str, tied: bool
-) -> str | None:
-    """Adds the task head; returns the full name of the output embeddings, if there are any."""
-    h, vocab = sizes
-    labels = facts.values.get("id2label")
-    num_labels = facts.size("num_labels", default=len(labels) if isinstance(labels, dict) and labels else 2)
-    if task is None or (task == "ForSequenceClassification" and family == "bert"):
-        parts.outer(f"{root}pooler.dense", h, h, "projection", bias=True)
-    if task == "ForMaskedLM":
-        dense, norm, decoder = (
-            ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder")
-            if family == "bert"
-            else ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
-        )
-        parts.outer(dense, h, h, "projection", bias=True)
-        parts.outer_norm(norm, h)
-        parts.outer(decoder, h, vocab, "head", bias=True, tied=tied)
-        return decoder
-    if task == "ForQuestionAnswering":
-        parts.outer("qa_outputs", h, num_labels, "projection", bias=True)
-    elif task == "ForTokenClassification" or (task and family == "bert"):
-        parts.outer("classifier", h, num_labels, "projection", bias=True)
-    elif task:
-        parts.outer("classifier.dense", h, h, "projection", bias=True)
-        parts.outer("classifier.out_proj", h, num_labels, "projection", bias=True)
-    return None
 
 
 FAMILIES: dict[str, Callable[[Facts], ModelShape]] = {

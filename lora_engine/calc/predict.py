@@ -8,9 +8,11 @@ from lora_engine.calc.shapes import load_shape
 from lora_engine.config import RunConfig
 
 
-def predict_run(config: RunConfig) -> dict[str, Any]:
+def predict_run(config: RunConfig, *, labelled_share: float = 1.0) -> dict[str, Any]:
     """Counts and bytes for `config`: `trainable_parameters, total_parameters, peak_bytes, low_bytes,
-    high_bytes, terms, adapter_bytes`. Raises ModelConfigError, TargetError."""
+    high_bytes, terms, adapter_bytes`. Raises ModelConfigError, TargetError.
+
+    `labelled_share` is the share of tokens that are trained on; logits are taken on those alone."""
     shape = load_shape(config.model)
     count = count_parameters(shape, config.method)
     memory = estimate_memory(
@@ -21,6 +23,7 @@ def predict_run(config: RunConfig) -> dict[str, Any]:
         seq_length=config.train.max_length,
         optimizer=config.train.optimizer,
         checkpointing=config.train.checkpointing,
+        labelled_share=labelled_share,
     )
     return {
         "trainable_parameters": count.trainable_parameters,

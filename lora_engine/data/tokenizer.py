@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ class TextTokenizer:
     characters as plain text. `eos_id` is None for a model without an end token; `pad_id` is always a
     valid id. `special_pattern` finds the special tokens' spellings, `special_ids` are their ids."""
 
-    backend: Any
-    literal_backend: Any
+    backend: Any = field(repr=False)
+    literal_backend: Any = field(repr=False)
     bos_token: str
     eos_token: str
     bos_id: int | None

@@ -25,25 +25,25 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
     ) -> Tensor:
-        # x (..., in), weight (out, in), A (r, in), B (out, r)
-        rows = x.reshape(-1, x.shape[-1])
+        # rows (n, in), weight (out, in), A (r, in), B (out, r) -> (n, out). Two dimensions only: a
+        # view made in here could not be added to in place, as Falcon does.
         low = rows @ A.t()
         h = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         h.addmm_(low, B.t(), alpha=scaling)
         ctx.save_for_backward(rows, low, weight, A, B)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return h.view(*x.shape[:-1], weight.shape[0])
+        ctx.scaling = scaling
+        return h
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         rows, low, weight, A, B = ctx.saved_tensors
-        g = grads[0].reshape(-1, weight.shape[0])
+        g = grads[0]
         g_low = (g @ B).mul_(ctx.scaling)
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            grad_x = (g @ weight).addmm_(g_low, A).view(ctx.shape)
+            grad_x = (g @ weight).addmm_(g_low, A)
         if ctx.needs_input_grad[3]:
             grad_A = g_low.t() @ rows
         if ctx.needs_input_grad[4]:
@@ -90,8 +90,8 @@ class LoraLayer(nn.Module):
             if self.lora_dropout and self.training:
                 dropped = nn.functional.dropout(x, self.lora_dropout)
                 return nn.functional.linear(x, weight, bias) + scaling * ((dropped @ A.t()) @ B.t())
-            h: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, scaling)
-            return h
+            rows: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, scaling)
+            return rows.view(*x.shape[:-1], self.out_features)
 
     def delta_W(self) -> Tensor:
         """(out_features, in_features), in float32."""

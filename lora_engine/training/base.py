@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from lora_engine.assets_path import asset_path
 from lora_engine.config import TrainConfig
@@ -45,6 +46,7 @@ def resolve_model(model: str) -> Path:
         return _checked(folder.resolve())
     if folder.exists():
         raise ModelLoadError(f"model is {model!r}, a file; allowed: embedded, a folder, or a hub id.")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
 
     try:
@@ -84,7 +86,7 @@ def load_base(folder: Path, train: TrainConfig, device: torch.device) -> Any:
     """The causal language model in `folder`, on `device`, in the dtype of `train.precision`.
 
     Raises ModelLoadError when transformers cannot load it, ConfigError when its context is too short."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    transformers_logging.disable_progress_bar()
     plan = PRECISION_PLANS[train.precision]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(

@@ -6,7 +6,16 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lora_engine import core
 from lora_engine.config import LoraConfig
@@ -38,7 +47,13 @@ def bert():
     return BertModel(config).eval()
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
+def falcon():
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=97, hidden_size=24, num_hidden_layers=2, num_attention_heads=4)
+    return FalconForCausalLM(config).eval()
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "falcon": falcon}
 
 
 def fill_b(model, seed=1):

@@ -1,0 +1,307 @@
+"""Each page as Streamlit runs it, without a browser."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig, to_dict
+from lora_engine.runs import Ledger, store_upload
+
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = ROOT / "app" / "main.py"
+PAGES = ("views/explore.py", "views/finetune.py", "views/sweep.py", "views/runs.py")
+ROWS = [{"prompt": f"Where is parcel {i}", "completion": f"It left on day {i}."} for i in range(30)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches():
+    """Modules of the pages stay imported between tests; what they cached must not."""
+    import streamlit as st
+
+    yield
+    st.cache_data.clear()
+    st.cache_resource.clear()
+
+
+def open_page(page=PAGES[0], **parameters):
+    app = AppTest.from_file(MAIN, default_timeout=60)
+    for name, value in parameters.items():
+        app.query_params[name] = value
+    app.run()
+    if page != PAGES[0]:
+        app.switch_page(page).run()
+    assert not app.exception, [e.value for e in app.exception]
+    return app
+
+
+def texts(app):
+    return " ".join(str(e.value) for kind in (app.markdown, app.caption, app.subheader, app.header) for e in kind)
+
+
+@pytest.fixture
+def upload(home):
+    """The name of a good file kept at home."""
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    path = store_upload(home, "parcels.jsonl", lines.encode())
+    return f"{path.parent.name}/{path.name}"
+
+
+def finished_run(home, *, r=8, alpha=16.0, lr=3e-3, seed=0, loss=3.9, sweep=None, status="done"):
+    config = RunConfig(
+        data=DataConfig(path="parcels.jsonl"),
+        method=LoraConfig(r=r, lora_alpha=alpha),
+        train=TrainConfig(lr=lr, seed=seed, steps=4),
+    )
+    ledger = Ledger(home)
+    run_id = sweep or ledger.create_run(to_dict(config), prediction={"peak_bytes": 2**27}, num_steps=4)
+    ledger.claim_run(run_id, os.getpid(), 0.0)
+    for step in range(1, 5):
+        ledger.record_step(
+            run_id, step, train_loss=5 - 0.2 * step, lr=lr, grad_norm=1.0, tokens=100 * step, seconds=step
+        )
+    ledger.record_eval(run_id, 0, eval_loss=6.0)
+    ledger.record_eval(run_id, 4, eval_loss=loss)
+    adapter = ledger.run_folder(run_id) / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    result = {
+        "trainable_parameters": 20_352 * r, "total_parameters": 3_148_224, "eval_loss_before": 6.0,
+        "eval_loss_after": loss, "steps": 4, "seconds": 41.0 + r, "tokens_per_second": 900.0, "peak_bytes": 2**26,
+        "peak_kind": "tracked", "predicted_peak_bytes": 2**27, "adapter_bytes": 80_000 * r, "adapter_path": "adapter",
+        "device": "cpu", "step_seconds": 10.0,
+        "sample": {"prompt": "Where is parcel 3", "before": " <b>bold</b>", "after": " It left."},
+    }  # fmt: skip
+    ledger.finish_run(run_id, status, result=result if status == "done" else None, error=None)
+    return run_id
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_opens_on_an_empty_home(page):
+    app = open_page(page)
+    assert app.header[0].value.endswith("?")
+    assert not app.error
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_opens_with_a_run_and_a_sweep_to_show(page, home, upload):
+    run_id = finished_run(home)
+    open_page(page, run=run_id, data=upload)
+
+
+def test_deep_link_sets_the_sidebar():
+    app = open_page(r="32", lora_alpha="24", model="meta-llama/Llama-3.1-8B", precision="nf4", targets="attention")
+    settings = app.session_state["_settings"]
+    assert (settings.r, settings.lora_alpha, settings.precision) == (32, 24.0, "nf4")
+    assert (settings.model, settings.targets) == ("meta-llama/Llama-3.1-8B", "attention")
+    assert "alpha / r = 0.75" in texts(app)
+
+
+def test_kept_ratio_moves_alpha_with_the_rank():
+    app = open_page()
+    app.toggle(key="keep_ratio").set_value(True).run()
+    app.select_slider(key="r").set_value(32).run()
+    assert app.session_state["lora_alpha"] == 64.0
+    assert "alpha / r = 2.0" in texts(app)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part"),
+    [
+        ({"model": "no/such-model"}, "embedded model"),
+        ({"targets": "own", "own_targets": "nothing_like_this"}, "all-linear"),
+    ],
+)
+def test_a_wrong_setting_is_said_in_place_and_the_page_goes_on(parameters, part):
+    app = open_page(**parameters)
+    assert len(app.error) == 1
+    assert part in app.error[0].value
+    assert len(app.subheader) >= 3
+
+
+def test_the_first_example_is_one_click_away():
+    from lora_engine.data import EXAMPLES
+    from lora_engine.errors import NotFoundError
+
+    try:
+        EXAMPLES[0].path  # noqa: B018
+    except NotFoundError:
+        pytest.skip("the examples are not there")
+    app = open_page("views/finetune.py")
+    app.button(key="first_example").click().run()
+    assert not app.error
+    assert "Customer support" in texts(app)
+    assert app.button(key="start").label == "Start"
+
+
+def test_data_report_and_prediction(upload):
+    app = open_page("views/finetune.py", data=upload)
+    text = texts(app)
+    assert "30 of 30 rows kept" in text
+    assert "prompt and completion" in text
+    assert "162,816 parameters" in text
+    assert "Predicted: about" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("broken.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": ', "line 2"),
+        ("empty.csv", b"", "empty"),
+        ("nul.txt", b"one\x00two\n", "NUL"),
+        ("columns.csv", b"foo,bar\n1,2\n3,4\n", "'foo', 'bar'"),
+        ("twice.csv", b"prompt,prompt\n1,2\n3,4\n", "twice"),
+    ],
+)
+def test_bad_data_is_one_sentence_and_nothing_else_breaks(home, name, content, words):
+    path = store_upload(home, name, content)
+    app = open_page("views/finetune.py", data=f"{path.parent.name}/{path.name}")
+    assert len(app.error) == 1
+    assert words in app.error[0].value
+    assert not [button for button in app.button if button.key == "start"]
+    assert app.expander
+
+
+def test_columns_can_be_named_by_hand(home):
+    rows = "\n".join(f"Where is parcel {i},It left on day {i}" for i in range(30))
+    path = store_upload(home, "odd.csv", f"foo,bar\n{rows}\n".encode())
+    app = open_page("views/finetune.py", data=f"{path.parent.name}/{path.name}")
+    app.selectbox(key="read_task").set_value("prompt_completion").run()
+    app.text_input(key="read_column_prompt").input("foo").run()
+    app.text_input(key="read_column_completion").input("bar").run()
+    assert not app.error
+    assert "30 of 30 rows kept" in texts(app)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "gone/file.csv"])
+def test_a_data_link_cannot_leave_the_home(name):
+    app = open_page("views/finetune.py", data=name)
+    assert "not on this machine" in app.error[0].value
+
+
+def test_start_writes_a_run_with_its_prediction_and_hands_it_over(home, upload, monkeypatch):
+    from lora_engine.executors import LocalExecutor
+
+    submitted = []
+    monkeypatch.setattr(LocalExecutor, "submit", lambda _self, run_ids: submitted.extend(run_ids))
+    app = open_page("views/finetune.py", data=upload, r="4")
+    app.button(key="start").click().run()
+    assert not app.exception
+    record = Ledger(home).get_run(submitted[0])
+    assert record.config["method"]["r"] == 4
+    assert record.config["data"]["path"].endswith("parcels.jsonl")
+    assert record.prediction["trainable_parameters"] == 81_408
+    assert app.query_params["run"] in (submitted[0], submitted)
+
+
+def test_a_finished_run_answers_in_one_sentence(home):
+    app = open_page("views/finetune.py", run=finished_run(home))
+    text = texts(app)
+    assert "Evaluation loss fell from 6.00 to 3.90 in 49 s; 5.17 % of the parameters trained." in text
+    assert "before and after" in text
+
+
+def test_an_interrupted_run_can_be_resumed(home, monkeypatch):
+    from lora_engine.executors import LocalExecutor
+
+    submitted = []
+    monkeypatch.setattr(LocalExecutor, "submit", lambda _self, run_ids: submitted.extend(run_ids))
+    run_id = finished_run(home, status="cancelled")
+    app = open_page("views/finetune.py", run=run_id)
+    app.button(key=f"resume_{run_id}").click().run()
+    assert submitted == [run_id]
+    assert Ledger(home).get_run(run_id).status == "queued"
+
+
+def test_a_run_that_is_not_there_is_forgotten():
+    app = open_page("views/finetune.py", run="20260101-000000-abcd")
+    assert app.error
+    app.run()
+    assert not app.error
+
+
+def sweep_of(home, losses):
+    """A finished sweep over ranks; `losses` maps r to one loss a seed."""
+    seeds = range(len(next(iter(losses.values()))))
+    configs = [
+        (
+            r,
+            seed,
+            RunConfig(data=DataConfig(path="p.jsonl"), method=LoraConfig(r=r), train=TrainConfig(steps=4, seed=seed)),
+        )
+        for r in losses
+        for seed in seeds
+    ]
+    sweep_id, run_ids = Ledger(home).create_sweep({}, [(to_dict(c), {"peak_bytes": 2**27}) for _, _, c in configs])
+    for (r, seed, _), run_id in zip(configs, run_ids, strict=True):
+        finished_run(home, r=r, seed=seed, loss=losses[r][seed], sweep=run_id)
+    return sweep_id
+
+
+def test_a_finished_sweep_gives_advice_and_charts(home):
+    sweep_id = sweep_of(home, {1: (4.5, 4.52), 4: (3.94, 3.96), 16: (3.93, 3.97)})
+    app = open_page("views/sweep.py", sweep=sweep_id)
+    headings = [heading.value for heading in app.subheader]
+    assert "Rank 4 is" in headings[0]
+    for expected in ("Loss against rank", "Loss against trainable parameters", "Loss over rank and alpha", "Every run"):
+        assert expected in headings
+
+
+def test_the_grid_counts_its_runs_before_the_start(home, upload, monkeypatch):
+    from lora_engine.executors import LocalExecutor
+
+    submitted = []
+    monkeypatch.setattr(LocalExecutor, "submit", lambda _self, run_ids: submitted.extend(run_ids))
+    app = open_page("views/sweep.py", data=upload)
+    assert "**16 runs** of 60 steps" in texts(app)
+    app.button_group(key="grid_seed").set_value([0]).run()
+    assert "**8 runs** of 60 steps" in texts(app)
+    app.button(key="start_sweep").click().run()
+    assert not app.exception
+    assert len(submitted) == 8
+    assert {run.config["method"]["r"] for run in Ledger(home).list_runs()} == {1, 2, 4, 8}
+
+
+def test_an_unfinished_sweep_offers_to_resume(upload, monkeypatch):
+    from lora_engine.executors import LocalExecutor
+
+    submitted = []
+    monkeypatch.setattr(LocalExecutor, "submit", lambda _self, run_ids: submitted.extend(run_ids))
+    app = open_page("views/sweep.py", data=upload)
+    app.button(key="start_sweep").click().run()
+    sweep_id = app.session_state["_sweep"]
+    submitted.clear()
+    app.button(key=f"resume_{sweep_id}").click().run()
+    assert len(submitted) == 16
+
+
+def test_runs_page_filters_by_words_and_status(home):
+    finished_run(home, r=2)
+    finished_run(home, r=4, status="cancelled")
+    app = open_page("views/runs.py")
+    assert len(app.dataframe[0].value) == 2
+    app.button_group(key="runs_status").set_value(["done"]).run()
+    assert list(app.dataframe[0].value["r"]) == [2]
+    app.text_input(key="runs_search").input("nothing like this").run()
+    assert len(app.dataframe[0].value) == 0
+
+
+def test_the_server_never_imports_torch(home):
+    code = f"""
+import sys
+sys.path.insert(0, {str(MAIN.parent)!r})
+from streamlit.testing.v1 import AppTest
+app = AppTest.from_file({str(MAIN)!r}, default_timeout=60).run()
+for page in {PAGES!r}:
+    app.switch_page(page).run()
+    assert not app.exception, app.exception
+print([name for name in ("torch", "transformers", "peft") if name in sys.modules])
+"""
+    environment = os.environ | {"LORA_EXPLORER_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
