@@ -1,7 +1,7 @@
 """Choosing a dataset and seeing what is in it; used by Fine-tune and Sweep."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from state import Settings
 from widgets import empty_state, text_block
 
 from lora_engine.config import DataConfig
-from lora_engine.data import EXAMPLES, FORMATS, TASK_COLUMNS
+from lora_engine.data import EXAMPLES, FORMATS, MAX_UPLOAD_BYTES, TASK_COLUMNS
 from lora_engine.errors import InputError
 from lora_engine.runs import store_upload
 
 FIRST_EXAMPLE = EXAMPLES[0]
+TITLES = {example.name: example.title for example in EXAMPLES}
 TASK_WORDS = {
     "text": "plain text",
     "prompt_completion": "prompt and completion",
@@ -28,7 +29,10 @@ TASK_WORDS = {
 }
 RECOGNISED = "as recognised"
 ENCODINGS = (RECOGNISED, "utf-8", "cp1252", "latin-1", "utf-16")
-UPLOAD, EXAMPLE, SEEN_UPLOAD = "upload", "example", "_seen_upload"
+# Larger files are refused by the browser, where one sees it only on a closer look; up to here the page says it.
+LARGEST_SENT_MB = 200
+HIDE_INSTRUCTIONS = "<style>[data-testid=stFileUploaderDropzoneInstructions]{display:none}</style>"
+UPLOAD, EXAMPLE, SEEN_UPLOAD, TOO_LARGE = "upload", "example", "_seen_upload", "_too_large"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,6 @@ class Chosen:
     task: str | None = None
     columns: Mapping[str, str] | None = None
     encoding: str | None = None
-    problems: tuple[str, ...] = field(default=())
 
     @property
     def usable(self) -> bool:
@@ -58,24 +61,23 @@ def choose(settings: Settings, *, preview: bool = True, used: Path | None = None
     examples are folded away. `used` is the data of the run on the page, taken while nothing else is chosen."""
     left, right = st.columns([3, 2], gap="large")
     with left:
-        upload = st.file_uploader(
-            "Drop a file, or choose one",
-            type=list(FORMATS),
-            key=UPLOAD,
-            help="At most 20 MB; it stays on this machine.",
-        )
-        if upload is not None and st.session_state.get(SEEN_UPLOAD) != upload.file_id:
-            _keep_upload(upload)
+        _upload()
     with right:
+        picked = state.recall(state.DATA)
+        st.session_state[EXAMPLE] = picked if picked in TITLES else None
         st.pills(
             "Or take an example",
-            [example.name for example in EXAMPLES],
-            format_func={example.name: example.title for example in EXAMPLES}.__getitem__,
+            list(TITLES),
+            format_func=TITLES.__getitem__,
             key=EXAMPLE,
             wrap=True,
             on_change=_take_example,
         )
-    name = state.recall(state.DATA) or (name_of(used) if used else None)
+    name = state.recall(state.DATA)
+    if name is None and st.session_state.get(TOO_LARGE):
+        st.error(st.session_state[TOO_LARGE])
+        return None
+    name = name or (name_of(used) if used else None)
     if name is None:
         if empty_state(
             "Here you will see what is in your data: the format, rows kept and dropped, tokens, "
@@ -89,10 +91,26 @@ def choose(settings: Settings, *, preview: bool = True, used: Path | None = None
     return _check(name, settings, preview)
 
 
-def _keep_upload(upload: Any) -> None:
-    path = store_upload(cache.ledger().home, upload.name, upload.getvalue())
+def _upload() -> None:
+    """The uploader; a new file is kept at home, one that is too large is only spoken of."""
+    st.html(HIDE_INSTRUCTIONS)
+    upload = st.file_uploader(
+        "Drop a file, or choose one", type=list(FORMATS), key=UPLOAD, max_upload_size=LARGEST_SENT_MB
+    )
+    limit = f"{MAX_UPLOAD_BYTES / 1e6:.0f} MB"
+    st.caption(f"{', '.join(FORMATS)}; at most {limit}. It stays on this machine.")
+    if upload is None or st.session_state.get(SEEN_UPLOAD) == upload.file_id:
+        return
     st.session_state[SEEN_UPLOAD] = upload.file_id
     _forget_reading()
+    if upload.size > MAX_UPLOAD_BYTES:
+        size = f"{upload.size / 1e6:.1f} MB"
+        st.session_state[TOO_LARGE] = (
+            f"{_plain(upload.name)} has {size}; at most {limit} are read: keep a part of its rows."
+        )
+        state.remember(state.DATA, None)
+        return
+    path = store_upload(cache.ledger().home, upload.name, upload.getvalue())
     state.remember(state.DATA, f"{path.parent.name}/{path.name}")
 
 
@@ -104,6 +122,7 @@ def _take_example() -> None:
 
 def _forget_reading() -> None:
     """Another file: what was said about reading the last one no longer holds."""
+    st.session_state.pop(TOO_LARGE, None)
     for key in [key for key in st.session_state if str(key).startswith("read_")]:
         del st.session_state[key]
 

@@ -132,7 +132,7 @@ def _outcome(record: RunRecord) -> None:
             name = name_of(Path(record.config["data"]["path"]))
             if name is not None:
                 state.remember(state.DATA, name)
-            st.switch_page("views/sweep.py")
+            state.open_page("views/sweep.py")
 
 
 def zip_folder(folder: Path) -> bytes:

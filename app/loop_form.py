@@ -1,5 +1,6 @@
 """The settings of the loop, as widgets, and the run configs they make."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +85,12 @@ def show_notes(settings: Settings) -> None:
         st.caption(":material/info: DoRA is for counting; a run with it is refused by the trainer.")
 
 
-def predict(config: RunConfig) -> dict[str, Any] | None:
-    """The engine's prediction for a run; None, with the reason on the page, where there is none."""
-    from lora_engine.calc.predict import predict_run
+def predict(config: RunConfig, report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The engine's prediction for a run on the data of `report`; None, with the reason on the page, without one."""
+    from lora_engine.calc.predict import predict_run, row_facts
 
     try:
-        return dict(predict_run(config))
+        return dict(predict_run(config, row_facts(report)))
     except InputError as error:
         st.error(str(error))
         return None

@@ -1,6 +1,6 @@
 """Every session_state key of the dashboard, and the settings that all pages share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
@@ -18,9 +18,14 @@ R, ALPHA, KEEP_RATIO = "r", "lora_alpha", "keep_ratio"
 TARGETS, OWN_TARGETS = "targets", "own_targets"
 BATCH, SEQ, OPTIMIZER, CHECKPOINTING, ATTENTION = "batch", "seq", "optimizer", "checkpointing", "attention_kernel"
 RSLORA, DORA = "rslora", "dora"
+BOUND = (
+    MODEL, PRECISION, CARD, R, ALPHA, KEEP_RATIO, TARGETS, OWN_TARGETS,
+    BATCH, SEQ, OPTIMIZER, CHECKPOINTING, ATTENTION, RSLORA, DORA,
+)  # fmt: skip
 
 # Kept between reruns, not widgets.
 SETTINGS = "_settings"
+RESTORE = "_restore_address"
 LAST_R = "_last_r"
 DIAL = "_dial"
 DATA = "data"
@@ -47,7 +52,6 @@ class Settings:
     attention: str = "sdpa"
     use_rslora: bool = False
     use_dora: bool = False
-    problems: tuple[str, ...] = field(default=())
 
     @property
     def method(self) -> LoraConfig:
@@ -107,3 +111,21 @@ def remember(key: str, value: str | None) -> None:
         st.query_params.pop(key, None)
     elif st.query_params.get(key) != value:
         st.query_params[key] = value
+
+
+def open_page(script: str) -> None:
+    """Leave for another page; what is remembered and set goes with the person.
+
+    Streamlit refuses to clear an address bar that holds the sidebar's settings, and takes no bound
+    ones: they are left out here and written back by `restore_address`."""
+    kept = {key: value for key in (DATA, RUN, SWEEP) if (value := st.session_state.get(f"_{key}"))}
+    st.session_state[RESTORE] = True
+    st.switch_page(script, query_params=kept)
+
+
+def restore_address() -> None:
+    """After `open_page`: set every bound setting to what it is, which puts it back into the address bar."""
+    if st.session_state.pop(RESTORE, False):
+        for key in BOUND:
+            if key in st.session_state:
+                st.session_state[key] = st.session_state[key]

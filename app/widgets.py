@@ -22,6 +22,7 @@ CHART_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "la
 
 def sidebar() -> Settings:
     """Draw the shared configuration; what comes back is checked and safe to use on every page."""
+    state.restore_address()
     with st.sidebar:
         model = _model()
         precision = st.selectbox("Precision", PRECISIONS, key=state.PRECISION, bind=URL)
@@ -29,7 +30,7 @@ def sidebar() -> Settings:
         st.number_input("Scaling (alpha)", 0.01, 1e6, 16.0, step=1.0, format="%g", key=state.ALPHA, bind=URL)
         ratio = st.container()
         st.toggle("Keep alpha / r when the rank changes", key=state.KEEP_RATIO, bind=URL)
-        word, targets, problem = _targets(model)
+        word, targets = _targets(model)
         more = _more(model)
         card = _card()
         settings = Settings(
@@ -41,7 +42,6 @@ def sidebar() -> Settings:
             keep_ratio=bool(st.session_state[state.KEEP_RATIO]),
             targets=targets,
             targets_word=word,
-            problems=(problem,) if problem else (),
             **more,
         )
         sign = "alpha / √r" if settings.use_rslora else "alpha / r"
@@ -68,8 +68,8 @@ def _model() -> str:
     return str(model)
 
 
-def _targets(model: str) -> tuple[str, str | tuple[str, ...], str | None]:
-    """(word on screen, targets, what is wrong with them)."""
+def _targets(model: str) -> tuple[str, str | tuple[str, ...]]:
+    """(words for a sentence, targets)."""
     choice = st.selectbox(
         "Adapted modules",
         state.TARGET_CHOICES,
@@ -90,8 +90,8 @@ def _targets(model: str) -> tuple[str, str | tuple[str, ...], str | None]:
         calc.count_parameters(cache.shape(model), LoraConfig(r=1, target_modules=targets))
     except InputError as error:
         st.error(f"{error} Shown meanwhile: all-linear.")
-        return state.TARGET_WORDS["all-linear"], "all-linear", str(error)
-    return word, targets, None
+        return state.TARGET_WORDS["all-linear"], "all-linear"
+    return word, targets
 
 
 def _more(model: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lora_engine.calc import (
     load_shape,
     parse_targets,
 )
-from lora_engine.calc.predict import predict_run
+from lora_engine.calc.predict import RowFacts, predict_run, row_facts
 from lora_engine.config import DataConfig, FullConfig, LoraConfig, MethodConfig, RunConfig, TrainConfig, to_dict
 from lora_engine.errors import ConfigError, InputError, RunFailedError
 from lora_engine.executors import LocalExecutor
@@ -130,14 +130,14 @@ def train(arguments: argparse.Namespace) -> Output:
     method = _method(arguments)
     lr = arguments.lr if arguments.lr is not None else (FULL_LR if arguments.method == "full" else LORA_LR)
     train = _loop(arguments, lr=lr, seed=arguments.seed)
-    dataset, labelled_share = _data(ledger, arguments)
+    dataset, rows = _data(ledger, arguments)
     config = RunConfig(
         model=_model_name(arguments.model),
         data=dataset,
         method=method,
         train=train,
     )
-    prediction = predict_run(config, labelled_share=labelled_share)
+    prediction = predict_run(config, rows)
     run_id = ledger.create_run(to_dict(config), prediction=prediction, num_steps=config.train.steps)
     executor = LocalExecutor(ledger.home)
     executor.submit([run_id])
@@ -169,12 +169,12 @@ def sweep(arguments: argparse.Namespace) -> Output:
     ledger = Ledger(default_home())
     method = LoraConfig(target_modules=parse_targets(arguments.targets), use_rslora=arguments.rslora)
     train = _loop(arguments, lr=LORA_LR, seed=0)
-    dataset, labelled_share = _data(ledger, arguments)
+    dataset, rows = _data(ledger, arguments)
     base = RunConfig(model=_model_name(arguments.model), data=dataset, method=method, train=train)
     spec = SweepSpec(base=base, rs=arguments.r, lora_alphas=arguments.alpha, lrs=arguments.lr, seeds=arguments.seeds)
     executor = LocalExecutor(ledger.home)
     began = time.monotonic()
-    sweep_id = start_sweep(ledger, spec, executor, partial(predict_run, labelled_share=labelled_share))
+    sweep_id = start_sweep(ledger, spec, executor, partial(predict_run, rows=rows))
     sweep_run_ids = list(ledger.get_sweep(sweep_id).run_ids)
     records = _follow(ledger, sweep_run_ids, quiet=arguments.json, cancel=executor.cancel)
     frame = runs_frame(ledger, sweep_id)
@@ -209,11 +209,11 @@ def sweep(arguments: argparse.Namespace) -> Output:
     if advice is None:
         failed = next((r.error for r in records if r.error), "no run finished")
         raise RunFailedError(f"sweep {sweep_id}: {failed}")
-    rows = [
+    lines = [
         [run["run_id"], run["r"], f"{run['alpha']:g}", f"{run['lr']:g}", run["seed"], run["status"], _loss(run)]
         for run in cells
     ]
-    text = table_text(["run", "r", "alpha", "lr", "seed", "status", "evaluation loss"], rows)
+    text = table_text(["run", "r", "alpha", "lr", "seed", "status", "evaluation loss"], lines)
     return payload, f"{text}\n\n{advice.reason}"
 
 
@@ -348,14 +348,14 @@ def _file(path: str) -> Path:
     return found
 
 
-def _data(ledger: Ledger, arguments: argparse.Namespace) -> tuple[DataConfig, float]:
-    """Check the dataset before anything starts, then keep a copy with the ledger; also its labelled share."""
+def _data(ledger: Ledger, arguments: argparse.Namespace) -> tuple[DataConfig, RowFacts]:
+    """Check the dataset before anything starts, then keep a copy with the ledger; also the facts of its rows."""
     from lora_engine.data import check_dataset, load_tokenizer
 
     path = _file(arguments.data)
     report = check_dataset(path, load_tokenizer(_model_folder(arguments.model)), max_length=arguments.seq).to_dict()
     stored = store_upload(ledger.home, path.name, path.read_bytes())
-    return DataConfig(path=str(stored)), report["trained_tokens"] / report["tokens"]
+    return DataConfig(path=str(stored)), row_facts(report)
 
 
 def _model_name(model: str) -> str:

@@ -38,31 +38,35 @@ METHOD_COLOURS = {
 SERIES = (ORANGE, BLUE, GREEN, PURPLE, VERMILION, SKY, GREY_BLUE)
 DASHES = ("solid", "dash", "dot", "dashdot")
 
-# Without a colour of its own a mark takes the theme's text colour, which reads in light and dark.
-THEMED = None
+
+def chart_layout(*, height: int = 360, x: str, y: str) -> dict[str, Any]:
+    """Axis titles, margins, legend above the plot, no title: the page's heading is the title."""
+    return {
+        "height": height,
+        "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": {"text": ""}},
+        "hoverlabel": {"align": "left"},
+        "xaxis": {"title": {"text": x, "standoff": 8}, "automargin": True},
+        "yaxis": {"title": {"text": y, "standoff": 8}, "automargin": True},
+    }
 
 
 def base_layout(figure: go.Figure, *, height: int = 360, x: str, y: str, **layout: Any) -> go.Figure:
-    """Axis titles, margins, legend above the plot, no title: the page's heading is the title."""
-    figure.update_layout(
-        height=height,
-        margin={"l": 8, "r": 12, "t": 12, "b": 8},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": {"text": ""}},
-        hoverlabel={"align": "left"},
-        **layout,
-    )
-    figure.update_xaxes(title={"text": x, "standoff": 8}, automargin=True)
-    figure.update_yaxes(title={"text": y, "standoff": 8}, automargin=True)
+    """Give `figure` the `chart_layout`, and `layout` beside it."""
+    figure.update_layout(chart_layout(height=height, x=x, y=y) | layout)
     return figure
 
 
 def rank_axis(figure: go.Figure, ranks: Iterable[float]) -> go.Figure:
     """A log axis with its ticks at the ranks themselves."""
-    values = sorted({int(r) for r in ranks})
-    figure.update_xaxes(
-        type="log", tickvals=values, ticktext=[str(v) for v in values], minor={"ticks": ""}, showgrid=False
-    )
+    figure.update_xaxes(rank_ticks(ranks))
     return figure
+
+
+def rank_ticks(ranks: Iterable[float]) -> dict[str, Any]:
+    """What makes an axis one of ranks."""
+    values = sorted({int(r) for r in ranks})
+    return {"type": "log", "tickvals": values, "ticktext": [str(v) for v in values], "showgrid": False}
 
 
 def faded(colour: str, alpha: float = 0.2) -> str:

@@ -43,7 +43,7 @@ if chosen is not None and chosen.usable:
     except InputError as error:
         st.error(str(error))
         st.stop()
-    prediction = predict(config)
+    prediction = predict(config, chosen.report)
     if prediction is not None:
         st.markdown(
             f"LoRA at rank {settings.r} and alpha {format_number(settings.lora_alpha)} trains "

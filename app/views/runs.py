@@ -20,7 +20,7 @@ if frame.empty:
         "Fine-tune for the first time",
         key="first_run",
     ):
-        st.switch_page("views/finetune.py")
+        state.open_page("views/finetune.py")
     st.stop()
 
 shown = run_history.filters(frame)
@@ -58,4 +58,4 @@ if len(picked) == 1:
     run_history.show_details(record)
     if st.button("Open on the Fine-tune page", key="open_run"):
         state.remember(state.RUN, record.id)
-        st.switch_page("views/finetune.py", query_params={state.RUN: record.id})
+        state.open_page("views/finetune.py")

@@ -1,6 +1,7 @@
 """Sweep: which rank and alpha?"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeVar
 
 import cache
@@ -28,10 +29,11 @@ st.header("Which rank and alpha?", anchor=False)
 
 def start() -> None:
     """Write the sweep down, hand its runs to a worker, and keep its id in the address bar."""
-    from lora_engine.calc.predict import predict_run
+    from lora_engine.calc.predict import predict_run, row_facts
 
+    predict_cell = partial(predict_run, rows=row_facts(report))
     executor = LocalExecutor(cache.ledger().home)
-    state.remember(state.SWEEP, start_sweep(cache.ledger(), spec, executor, predict_run))
+    state.remember(state.SWEEP, start_sweep(cache.ledger(), spec, executor, predict_cell))
 
 
 def pick(column: DeltaGenerator, label: str, options: Sequence[V], default: Sequence[V], key: str) -> list[V]:
@@ -59,6 +61,7 @@ st.subheader("Data", anchor=False)
 chosen = choose(settings, preview=False, used=sweeping.data_of(record))
 
 if chosen is not None and chosen.usable:
+    report = chosen.report
     st.subheader("Grid", anchor=False)
     left, right = st.columns(2, gap="large")
     rs = pick(left, "Rank (r)", state.RANKS, (1, 2, 4, 8), "grid_r")
@@ -86,7 +89,7 @@ if chosen is not None and chosen.usable:
     except InputError as error:
         st.error(str(error))
         st.stop()
-    if predict(base) is not None:
+    if predict(base, report) is not None:
         throughput = find_throughput(base, runs_frame(cache.ledger()))
         seconds = estimate_sweep_seconds(spec, throughput=throughput)
         st.markdown(

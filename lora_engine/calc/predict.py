@@ -1,29 +1,51 @@
 """What a run is expected to cost, written down before it starts."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lora_engine.calc.memory import estimate_memory
 from lora_engine.calc.params import adapter_file_bytes, count_parameters
 from lora_engine.calc.shapes import load_shape
 from lora_engine.config import RunConfig
+from lora_engine.errors import ConfigError
 
 
-def predict_run(config: RunConfig, *, labelled_share: float = 1.0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RowFacts:
+    """What memory needs to know of a dataset: tokens of its longest row, trained tokens of a row on average."""
+
+    longest_tokens: int
+    trained_tokens: float
+
+
+def row_facts(report: Mapping[str, Any]) -> RowFacts:
+    """The facts in a dataset report's dict (`longest_tokens, trained_tokens, examples`)."""
+    return RowFacts(report["longest_tokens"], report["trained_tokens"] / report["examples"])
+
+
+def predict_run(config: RunConfig, rows: RowFacts | None = None) -> dict[str, Any]:
     """Counts and bytes for `config`: `trainable_parameters, total_parameters, peak_bytes, low_bytes,
-    high_bytes, terms, adapter_bytes`. Raises ModelConfigError, TargetError.
+    high_bytes, terms, adapter_bytes`. Without `rows`, every row fills max_length and is trained on.
 
-    `labelled_share` is the share of tokens that are trained on; logits are taken on those alone."""
+    Raises ModelConfigError, TargetError, and ConfigError for rows longer than the model's context."""
     shape = load_shape(config.model)
+    if shape.max_positions and config.train.max_length > shape.max_positions:
+        allowed = f"at most {shape.max_positions}, the context of this model"
+        raise ConfigError("max_length", config.train.max_length, allowed)
+    longest = config.train.max_length
+    if rows is not None:
+        longest = min(longest, -(-rows.longest_tokens // 8) * 8)  # batches are padded to a multiple of 8
     count = count_parameters(shape, config.method)
     memory = estimate_memory(
         shape,
         config.method,
         precision=config.train.precision,
         batch_size=config.train.batch_size,
-        seq_length=config.train.max_length,
+        seq_length=longest,
         optimizer=config.train.optimizer,
         checkpointing=config.train.checkpointing,
-        labelled_share=labelled_share,
+        labelled_share=1.0 if rows is None else min(1.0, rows.trained_tokens / longest),
     )
     return {
         "trainable_parameters": count.trainable_parameters,

@@ -66,6 +66,18 @@ def lr_at(config: TrainConfig, step: int) -> float:
     return config.lr * factors[config.schedule]
 
 
+def heaviest_step(rows: Sequence[Encoded], config: TrainConfig) -> int:
+    """Which step to measure: the longest batch of the first hundred, and not the very first step, since
+    the optimizer's state exists from the second on."""
+    lengths = [len(row.input_ids) for row in rows]
+
+    def longest(step: int) -> int:
+        micros = range(step * config.accumulation, (step + 1) * config.accumulation)
+        return max(lengths[i] for m in micros for i in rows_of_step(len(rows), config.batch_size, m, config.seed))
+
+    return max(range(1, min(config.steps, 100)), key=longest, default=0)
+
+
 def build_optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (fused) or SGD over the trainable parameters."""
     if config.optimizer == "sgd":
@@ -114,8 +126,8 @@ def train(
     if state.eval_loss_before is None:
         state.eval_loss_before = run_eval(0)
     model.train()
-    first = state.step
-    for step in range(first, config.steps):
+    measured = heaviest_step(train_rows, config)
+    for step in range(state.step, config.steps):
         if callbacks.should_stop():
             state.stopped = True
             break
@@ -129,8 +141,7 @@ def train(
             for micro in range(step * config.accumulation, (step + 1) * config.accumulation)
         ]
         torch.manual_seed((config.seed << 24) + step)  # dropout's stream
-        # The optimizer's state exists from the second step on; that step's peak is the run's peak.
-        with memory.watch() if step - first == 1 else contextlib.nullcontext():
+        with memory.watch() if step == measured else contextlib.nullcontext():
             loss, grad_norm = _step(model, batches, optimizer, scaler, autocast, named, config, lr_at(config, step))
         state.step = step + 1
         state.tokens += sum(batch.num_tokens for batch in batches)

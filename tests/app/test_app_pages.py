@@ -305,3 +305,24 @@ print([name for name in ("torch", "transformers", "peft") if name in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_an_upload_is_kept_at_home_and_named_in_the_address(home):
+    app = open_page("views/finetune.py")
+    content = "\n".join(json.dumps(row) for row in ROWS).encode()
+    app.file_uploader(key="upload").upload("parcels.jsonl", content, "application/jsonl").run()
+    assert not app.error
+    assert "30 of 30 rows kept" in texts(app)
+    name = app.session_state["_data"]
+    assert (home / "datasets" / name).read_bytes() == content
+
+
+def test_a_file_that_is_too_large_gets_a_sentence_and_an_example_still_works():
+    from lora_engine.data import MAX_UPLOAD_BYTES
+
+    app = open_page("views/finetune.py")
+    app.file_uploader(key="upload").upload("big.csv", b"x" * (MAX_UPLOAD_BYTES + 1), "text/csv").run()
+    assert "at most 20 MB are read" in app.error[0].value
+    app.button_group(key="example").set_value("short_stories").run()
+    assert not app.error
+    assert "Short stories" in texts(app)
