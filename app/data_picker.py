@@ -29,8 +29,7 @@ TASK_WORDS = {
 }
 RECOGNISED = "as recognised"
 ENCODINGS = (RECOGNISED, "utf-8", "cp1252", "latin-1", "utf-16")
-# Larger files are refused by the browser, where one sees it only on a closer look; up to here the page says it.
-LARGEST_SENT_MB = 200
+# Streamlit's own instructions name the server's limit; the caption names what is read.
 HIDE_INSTRUCTIONS = "<style>[data-testid=stFileUploaderDropzoneInstructions]{display:none}</style>"
 UPLOAD, EXAMPLE, SEEN_UPLOAD, TOO_LARGE = "upload", "example", "_seen_upload", "_too_large"
 
@@ -94,9 +93,7 @@ def choose(settings: Settings, *, preview: bool = True, used: Path | None = None
 def _upload() -> None:
     """The uploader; a new file is kept at home, one that is too large is only spoken of."""
     st.html(HIDE_INSTRUCTIONS)
-    upload = st.file_uploader(
-        "Drop a file, or choose one", type=list(FORMATS), key=UPLOAD, max_upload_size=LARGEST_SENT_MB
-    )
+    upload = st.file_uploader("Drop a file, or choose one", type=list(FORMATS), key=UPLOAD)
     limit = f"{MAX_UPLOAD_BYTES / 1e6:.0f} MB"
     st.caption(f"{', '.join(FORMATS)}; at most {limit}. It stays on this machine.")
     if upload is None or st.session_state.get(SEEN_UPLOAD) == upload.file_id:
