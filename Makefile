@@ -21,7 +21,7 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 
 bench: .venv/.installed
-	$(BIN)/python -m tests.benchmarks.run $(ARGS)
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
 # torch first and by its exact pin: a bare requirement pulls gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
