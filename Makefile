@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: run test check format bench clean
+.PHONY: run test check format bench screenshots clean
 
 run: .venv/.installed
 	$(BIN)/lora-explorer app $(ARGS)
@@ -30,6 +30,9 @@ bench: .venv/.installed
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
 	touch $@
+
+screenshots: .venv/.installed
+	$(BIN)/python tests/screenshots.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist
