@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bad_uploads import BAD_UPLOADS
 from streamlit.testing.v1 import AppTest
 
 from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig, to_dict
@@ -164,6 +165,17 @@ def test_bad_data_is_one_sentence_and_nothing_else_breaks(home, name, content, w
     assert words in app.error[0].value
     assert not [button for button in app.button if button.key == "start"]
     assert app.expander
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD_UPLOADS if kind != "30 MB"])  # that one is never stored
+def test_every_kind_of_bad_upload_gets_its_sentence_on_both_pages(home, kind):
+    name, content, words = BAD_UPLOADS[kind]
+    path = store_upload(home, name, content())
+    for page in ("views/finetune.py", "views/sweep.py"):
+        app = open_page(page, data=f"{path.parent.name}/{path.name}")
+        assert any(words in str(error.value) for error in app.error), [error.value for error in app.error]
+        assert not [button for button in app.button if button.key in ("start", "start_sweep")]
+        assert app.sidebar.selectbox  # the rest of the page stands
 
 
 def test_columns_can_be_named_by_hand(home):

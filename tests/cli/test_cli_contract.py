@@ -168,3 +168,9 @@ def test_sweep(capsys):
     assert {(run["r"], run["seed"]) for run in payload["runs"]} == {(1, 0), (1, 1), (4, 0), (4, 1)}
     assert payload["recommended"]["r"] in (1, 4)
     assert payload["recommended"]["reason"]
+    sweep_id = payload["sweep_id"]
+    assert run_json(capsys, "runs", "show", sweep_id)[1]["status"] == "done"
+    code, again = run_json(capsys, "runs", "resume", sweep_id)
+    assert again["status"] == "done"
+    assert run_json(capsys, "runs", "delete", sweep_id)[0] == 0
+    assert run_json(capsys, "runs")[1] == {"runs": []}

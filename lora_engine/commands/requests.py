@@ -1,0 +1,72 @@
+"""Parsed arguments to configs, files and folders that are there."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_engine.assets_path import asset_path
+from lora_engine.calc import parse_targets
+from lora_engine.calc.predict import RowFacts, row_facts
+from lora_engine.config import DataConfig, FullConfig, LoraConfig, MethodConfig, TrainConfig
+from lora_engine.data import check_dataset, load_tokenizer
+from lora_engine.errors import InputError
+from lora_engine.runs import Ledger, store_upload
+
+# What a command gives back: the JSON object (None: nothing to print) and the same for people.
+Output = tuple[dict[str, Any] | None, str]
+
+
+def method_of(arguments: argparse.Namespace) -> MethodConfig:
+    if arguments.method == "full":
+        return FullConfig()
+    return LoraConfig(
+        r=arguments.r,
+        lora_alpha=arguments.alpha if arguments.alpha is not None else 2.0 * arguments.r,
+        target_modules=parse_targets(arguments.targets),
+        use_rslora=arguments.rslora,
+        use_dora=getattr(arguments, "dora", False),
+    )
+
+
+def loop_of(arguments: argparse.Namespace, *, lr: float, seed: int) -> TrainConfig:
+    return TrainConfig(
+        lr=lr,
+        steps=arguments.steps,
+        batch_size=arguments.batch,
+        max_length=arguments.seq,
+        seed=seed,
+        precision=arguments.precision,
+        device=arguments.device,
+    )
+
+
+def file_of(path: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise InputError(f"data is {path!r}; allowed: the path of a file that exists.")
+    return found
+
+
+def data_of(ledger: Ledger, arguments: argparse.Namespace) -> tuple[DataConfig, RowFacts]:
+    """Check the dataset before anything starts, then keep a copy with the ledger; also the facts of its rows."""
+    path = file_of(arguments.data)
+    report = check_dataset(path, load_tokenizer(model_folder(arguments.model)), max_length=arguments.seq).to_dict()
+    stored = store_upload(ledger.home, path.name, path.read_bytes())
+    return DataConfig(path=str(stored)), row_facts(report)
+
+
+def model_name(model: str) -> str:
+    """Folders as full paths, since the worker may run elsewhere."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if model != "embedded" and folder.is_dir() else model
+
+
+def model_folder(model: str) -> Path:
+    if model == "embedded":
+        return asset_path("base")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    from lora_engine.training.base import resolve_model
+
+    return resolve_model(model)
