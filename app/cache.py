@@ -117,10 +117,10 @@ def _tokenizer(folder: str) -> Any:
 
 def tokenizer(model: str) -> tuple[Any, str | None]:
     """(tokenizer, note): the model's own, or the embedded one with a sentence that says so."""
-    from lora_engine.assets_path import asset_path
+    from lora_engine.assets_path import absolute_model, asset_path
 
     base = str(asset_path("base"))
-    folder = base if model == "embedded" else model
+    folder = base if model == "embedded" else absolute_model(model)
     if (Path(folder) / "tokenizer.json").is_file():
         return _tokenizer(folder), None
     return _tokenizer(base), f"{model} has no tokenizer on this machine; tokens are counted with the embedded model's."

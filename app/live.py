@@ -49,7 +49,11 @@ def is_active(record: RunRecord) -> bool:
 
 
 def _refresh(run_id: str, was_active: bool) -> None:
-    record = cache.ledger().get_run(run_id)
+    try:
+        record = cache.ledger().get_run(run_id)
+    except NotFoundError as error:  # deleted in another tab
+        st.error(str(error))
+        return
     if was_active and not is_active(record):
         st.rerun()  # the page around the fragment has more to show now, and the clock stops
     steps = steps_frame(cache.ledger(), [run_id])
@@ -153,7 +157,11 @@ def _stopped(record: RunRecord) -> None:
     else:
         st.warning(f"Interrupted {step}: its worker is gone. It goes on from its last checkpoint when you resume.")
     if st.button("Resume", key=f"resume_{record.id}", type="primary"):
-        cache.ledger().requeue(record.id)
+        try:
+            cache.ledger().requeue(record.id)
+        except InputError as error:  # resumed in another tab
+            st.error(str(error))
+            return
         LocalExecutor(cache.ledger().home).submit([record.id])
         st.rerun()
 

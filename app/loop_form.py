@@ -1,7 +1,7 @@
 """The settings of the loop, as widgets, and the run configs they make."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cache
@@ -10,6 +10,7 @@ from data_picker import Chosen
 from formatting import format_bytes, format_duration
 from state import Settings
 
+from lora_engine.assets_path import absolute_model
 from lora_engine.config import DEVICES, TRAINABLE_PRECISIONS, RunConfig, TrainConfig
 from lora_engine.errors import InputError
 
@@ -36,9 +37,9 @@ def precision_of(settings: Settings) -> str:
 def run_config(settings: Settings, chosen: Chosen, loop: Loop) -> RunConfig:
     """The run that these settings describe. Raises ConfigError."""
     return RunConfig(
-        model=settings.model,
+        model=absolute_model(settings.model),
         data=chosen.config(),
-        method=settings.method,
+        method=replace(settings.method, use_dora=False),
         train=TrainConfig(
             lr=loop.lr,
             steps=loop.steps,
@@ -82,7 +83,7 @@ def show_notes(settings: Settings) -> None:
     if settings.optimizer not in ("adamw", "sgd"):
         st.caption(f":material/info: {settings.optimizer} is for predictions; this run uses adamw.")
     if settings.use_dora:
-        st.caption(":material/info: DoRA is for counting; a run with it is refused by the trainer.")
+        st.caption(":material/info: DoRA is for counting; this run trains plain LoRA.")
 
 
 def predict(config: RunConfig, report: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -119,12 +119,18 @@ def delete_button(run_ids: list[str]) -> None:
 
 @st.dialog("Delete for good?")
 def _confirm(run_ids: list[str]) -> None:
-    st.markdown(f"{plural(len(run_ids), 'run')}, with curves, checkpoints and adapters. This cannot be undone.")
+    names = ", ".join(f"`{run_id}`" for run_id in run_ids)
+    st.markdown(
+        f"{names}: {plural(len(run_ids), 'run')}, with curves, checkpoints and adapters. This cannot be undone."
+    )
     if st.button("Delete", type="primary", key="delete_confirmed"):
+        refusals = []
         for run_id in run_ids:
             try:
                 cache.ledger().delete_run(run_id)
             except InputError as error:
-                st.error(str(error))
-                return
-        st.rerun()
+                refusals.append(str(error))
+        if not refusals:
+            st.rerun()
+        for refusal in refusals:
+            st.error(refusal)

@@ -1,5 +1,6 @@
 """Where the shipped files are: beside the packages in a checkout, inside the package in a wheel."""
 
+import os
 from pathlib import Path
 
 from lora_engine.errors import NotFoundError
@@ -14,6 +15,12 @@ def asset_path(name: str) -> Path:
         if path.exists():
             return path
     raise NotFoundError(f"asset is {name!r}; allowed: a file that ships with the project.")
+
+
+def absolute_model(model: str) -> str:
+    """A model given as a folder as its full path, since a worker may run elsewhere; anything else as it is."""
+    folder = Path(os.path.expanduser(model))  # noqa: PTH111 (leaves ~nobody as it is instead of raising)
+    return str(folder.resolve()) if model != "embedded" and folder.is_dir() else model
 
 
 def app_path() -> Path:

@@ -14,6 +14,12 @@ from lora_engine import __version__
 from lora_engine.config import DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS
 from lora_engine.errors import ConfigError, InputError, LoraExplorerError
 
+# What the engine calls an argument, and what the command line calls it.
+FLAGS = {
+    "lora_alpha": "alpha", "lora_alphas": "alpha", "rs": "r", "lrs": "lr", "max_length": "seq", "seq_length": "seq",
+    "batch_size": "batch", "target_modules": "targets", "hidden_size": "hidden", "num_layers": "layers",
+}  # fmt: skip
+
 
 class _Parser(argparse.ArgumentParser):
     """Errors are one line; argparse's own usage dump is not."""
@@ -148,8 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, arguments.command, error)
     except KeyboardInterrupt:
         return _fail(1, arguments.command, "stopped.")
-    except OSError as error:
-        return _fail(2, arguments.command, f"{error.filename or 'file'}: {error.strerror}.")
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        return _fail(2, arguments.command, f"{error.filename or 'file'}: {error.strerror or 'cannot be used'}.")
+    except Exception as error:  # whatever else went wrong: one line, and the work has failed
+        return _fail(1, arguments.command, f"{type(error).__name__}: {error}")
     if payload is not None:
         try:
             print(
@@ -157,13 +165,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         except BrokenPipeError:  # the reader of a pipe had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if arguments.command in ("train", "sweep") and payload["status"] != "done":
+            return 1
     return 0
 
 
 def _fail(code: int, command: str, error: object) -> int:
     line = " ".join(str(error).split())
-    if isinstance(error, ConfigError):
-        line = line.replace("lora_alpha is", "alpha is")
+    if isinstance(error, ConfigError) and error.argument in FLAGS:
+        line = line.replace(error.argument, FLAGS[error.argument], 1)
     print(f"lora-explorer {command}: {line}", file=sys.stderr)
     return code
 

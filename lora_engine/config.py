@@ -151,6 +151,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model", self.model, "embedded, a folder, or a hub id")
+        if isinstance(self.method, FullConfig) and self.train.precision == "fp16":
+            # Float16 weights have no float32 copy for loss scaling to work on.
+            raise ConfigError("precision", "fp16", "fp32, bf16, mixed-fp16 or mixed-bf16 with full fine-tuning")
 
 
 def to_dict(config: RunConfig | MethodConfig | TrainConfig | DataConfig) -> dict[str, Any]:

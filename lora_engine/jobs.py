@@ -21,8 +21,8 @@ from lora_engine.data import (
 )
 from lora_engine.errors import ConfigError, DataError
 from lora_engine.methods import inject, lora, trainable_parameters
-from lora_engine.training.base import load_base, resolve_device, resolve_model
-from lora_engine.training.batches import make_batch
+from lora_engine.training.base import autocast_of, load_base, resolve_device, resolve_model
+from lora_engine.training.batches import evaluation_batches
 from lora_engine.training.generate import generate_text
 from lora_engine.training.loop import Callbacks, LoopState, train
 from lora_engine.training.loss import evaluate
@@ -145,7 +145,8 @@ def generate_from_run(
         export.load_adapter(model, folder / ADAPTER)
         lora.set_scale(model, scale)
     tokenizer = load_tokenizer(base_folder)
-    task = config.data.task or read_dataset(config.data.path, columns=config.data.columns).task
+    data = config.data
+    task = data.task or read_dataset(data.path, columns=data.columns, encoding=data.encoding).task
     text = generate_text(
         model,
         tokenizer,
@@ -157,8 +158,7 @@ def generate_from_run(
     payload: dict[str, Any] = {"text": text, "scale": scale}
     if with_eval:
         _, _, rows = load_rows(config.data, tokenizer, config.train.max_length)
-        size = config.train.batch_size
-        kept = rows[: config.train.eval_examples]
-        batches = [make_batch(kept[i : i + size], tokenizer.pad_id, device) for i in range(0, len(kept), size)]
-        payload["eval_loss"] = evaluate(model, batches)
+        batches = evaluation_batches(rows, config.train, tokenizer.pad_id, device)
+        with autocast_of(config.train, device):
+            payload["eval_loss"] = evaluate(model, batches)
     return payload

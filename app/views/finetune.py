@@ -1,6 +1,7 @@
 """Fine-tune: what happens on my data?"""
 
 from pathlib import Path
+from typing import Any
 
 import cache
 import live
@@ -11,7 +12,7 @@ from formatting import format_integer, format_number, format_percent
 from loop_form import loop_form, predict, predicted_sentence, run_config, show_notes
 from widgets import explain, model_word
 
-from lora_engine.config import to_dict
+from lora_engine.config import RunConfig, to_dict
 from lora_engine.errors import InputError
 from lora_engine.executors import LocalExecutor
 
@@ -19,7 +20,7 @@ settings = state.current()
 st.header("What happens on my data?", anchor=False)
 
 
-def start() -> None:
+def start(config: RunConfig, prediction: dict[str, Any]) -> None:
     """Write the run down, hand it to a worker, and keep its id in the address bar."""
     run_id = cache.ledger().create_run(to_dict(config), prediction=prediction, num_steps=config.train.steps)
     LocalExecutor(cache.ledger().home).submit([run_id])
@@ -52,7 +53,9 @@ if chosen is not None and chosen.usable:
             f"{model_word(settings.model)}, in {settings.targets_word}. {predicted_sentence(config, prediction)}"
         )
         busy = record is not None and live.is_active(record)
-        st.button("Start", type="primary", key="start", on_click=start, disabled=busy, icon=":material/play_arrow:")
+        if st.button("Start", type="primary", key="start", disabled=busy, icon=":material/play_arrow:"):
+            start(config, prediction)
+            st.rerun()
         if busy:
             st.caption("A run is going on; stop it or let it finish first.")
 

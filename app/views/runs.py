@@ -27,7 +27,8 @@ shown = run_history.filters(frame)
 event = st.dataframe(
     shown.assign(peak_mib=shown["peak_bytes"] / MIB)[list(run_history.COLUMNS)],
     hide_index=True,
-    key="runs_table",
+    # Ticks are positions: other rows are another table, or the wrong runs would be deleted.
+    key=f"runs_table_{hash(tuple(shown['run_id']))}",
     on_select="rerun",
     selection_mode="multi-row",
     column_config=run_history.COLUMNS,

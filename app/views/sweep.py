@@ -1,8 +1,8 @@
 """Sweep: which rank and alpha?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cache
 import state
@@ -27,7 +27,7 @@ settings = state.current()
 st.header("Which rank and alpha?", anchor=False)
 
 
-def start() -> None:
+def start(spec: SweepSpec, report: Mapping[str, Any]) -> None:
     """Write the sweep down, hand its runs to a worker, and keep its id in the address bar."""
     from lora_engine.calc.predict import predict_run, row_facts
 
@@ -96,9 +96,9 @@ if chosen is not None and chosen.usable:
             f"**{plural(spec.num_runs, 'run')}** of {plural(int(steps), 'step')}, one after another: about "
             f"{format_duration(seconds)} ({throughput.basis})."
         )
-        st.button(
-            "Start", type="primary", key="start_sweep", on_click=start, disabled=busy, icon=":material/play_arrow:"
-        )
+        if st.button("Start", type="primary", key="start_sweep", disabled=busy, icon=":material/play_arrow:"):
+            start(spec, report)
+            st.rerun()
         if busy:
             st.caption("A sweep is going on; stop it or let it finish first.")
 

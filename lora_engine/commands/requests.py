@@ -1,6 +1,7 @@
 """Parsed arguments to configs, files and folders that are there."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def loop_of(arguments: argparse.Namespace, *, lr: float, seed: int) -> TrainConf
 
 
 def file_of(path: str) -> Path:
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))  # noqa: PTH111 (leaves ~nobody as it is instead of raising)
     if not found.is_file():
         raise InputError(f"data is {path!r}; allowed: the path of a file that exists.")
     return found
@@ -53,12 +54,6 @@ def data_of(ledger: Ledger, arguments: argparse.Namespace) -> tuple[DataConfig, 
     report = check_dataset(path, load_tokenizer(model_folder(arguments.model)), max_length=arguments.seq).to_dict()
     stored = store_upload(ledger.home, path.name, path.read_bytes())
     return DataConfig(path=str(stored)), row_facts(report)
-
-
-def model_name(model: str) -> str:
-    """Folders as full paths, since the worker may run elsewhere."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if model != "embedded" and folder.is_dir() else model
 
 
 def model_folder(model: str) -> Path:

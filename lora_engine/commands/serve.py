@@ -15,7 +15,7 @@ def app(arguments: argparse.Namespace) -> Output:
     if not 1 <= arguments.port <= 65535:
         raise ConfigError("port", arguments.port, "a whole number from 1 to 65535")
     script = app_path()
-    command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(arguments.port)]
+    command = [sys.executable, "-P", "-m", "streamlit", "run", str(script), "--server.port", str(arguments.port)]
     command += ["--server.headless", "true" if arguments.no_browser else "false"]
     # Streamlit reads .streamlit/config.toml of the working folder: the one beside main.py holds everywhere.
     # One BLAS thread keeps the small matrices of a page from fighting over the cores of a running fine-tune.

@@ -8,10 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lora_engine.assets_path import absolute_model
 from lora_engine.calc import parse_targets
 from lora_engine.calc.predict import predict_run
 from lora_engine.commands.history import loss_text, run_payload
-from lora_engine.commands.requests import Output, data_of, loop_of, method_of, model_name
+from lora_engine.commands.requests import Output, data_of, loop_of, method_of
 from lora_engine.config import LoraConfig, RunConfig, to_dict
 from lora_engine.errors import ConfigError, InputError, RunFailedError
 from lora_engine.executors import LocalExecutor
@@ -30,7 +31,7 @@ def train(arguments: argparse.Namespace) -> Output:
     train = loop_of(arguments, lr=lr, seed=arguments.seed)
     dataset, rows = data_of(ledger, arguments)
     config = RunConfig(
-        model=model_name(arguments.model),
+        model=absolute_model(arguments.model),
         data=dataset,
         method=method,
         train=train,
@@ -41,8 +42,8 @@ def train(arguments: argparse.Namespace) -> Output:
     executor.submit([run_id])
     record = _follow(ledger, [run_id], quiet=arguments.json, cancel=executor.cancel)[0]
     payload = run_payload(record)
-    if record.status in ("failed", "queued", "interrupted"):
-        why = record.error or f"its worker ended early; see {ledger.home / 'worker.log'}"
+    if record.status in ("failed", "queued", "interrupted", "cancelled"):
+        why = record.error or f"it did not reach its end; see {ledger.home / 'worker.log'}"
         raise RunFailedError(f"run {run_id} is {record.status}: {why}")
     sample = (record.result or {}).get("sample", {})
     lines = [
@@ -68,7 +69,7 @@ def sweep(arguments: argparse.Namespace) -> Output:
     method = LoraConfig(target_modules=parse_targets(arguments.targets), use_rslora=arguments.rslora)
     train = loop_of(arguments, lr=LORA_LR, seed=0)
     dataset, rows = data_of(ledger, arguments)
-    base = RunConfig(model=model_name(arguments.model), data=dataset, method=method, train=train)
+    base = RunConfig(model=absolute_model(arguments.model), data=dataset, method=method, train=train)
     spec = SweepSpec(base=base, rs=arguments.r, lora_alphas=arguments.alpha, lrs=arguments.lr, seeds=arguments.seeds)
     executor = LocalExecutor(ledger.home)
     began = time.monotonic()

@@ -11,7 +11,8 @@ import psutil
 
 from lora_engine.runs import Ledger
 
-WORKER = (sys.executable, "-m", "lora_engine.worker")
+# -P: a file of the working folder that happens to be called torch.py is not imported.
+WORKER = (sys.executable, "-P", "-m", "lora_engine.worker")
 LOG_FILE = "worker.log"
 
 # OpenMP threads that spin for long while they wait stand still as soon as another busy program wants

@@ -132,7 +132,7 @@ class Ledger:
         """`with ledger.kept_open():` around many calls, as a worker's, makes each 100 times faster.
 
         Whoever closes the last connection folds SQLite's log into the file and waits for the disk
-        (18 ms here); one idle connection, which locks nobody out, leaves that for the end."""
+        each time; one idle connection, which locks nobody out, leaves that for the end."""
         return kept_open(self.path)
 
     def _record(self, statement: str, row: tuple[Any, ...]) -> None:

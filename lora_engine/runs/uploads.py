@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import tempfile
 from pathlib import Path
 
 
@@ -14,7 +15,8 @@ def store_upload(home: Path, name: str, content: bytes) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / safe
     if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        # A name of its own: two programs may store the same file at once.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial", delete=False) as partial:
+            partial.write(content)
+        Path(partial.name).replace(path)
     return path

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from lora_engine.calc import estimate_step_flops, load_shape
+from lora_engine.calc import estimate_step_flops, load_shape, parse_targets
 from lora_engine.config import FullConfig, LoraConfig, MethodConfig, RunConfig
 from lora_engine.errors import InputError
 from lora_engine.sweeps.spec import SweepSpec, expand_grid
@@ -97,8 +97,7 @@ def _same_device(asked: str, used: object) -> bool:
 def _flops_of_row(row: dict[Hashable, Any]) -> float:
     method: MethodConfig = FullConfig()
     if row["method"] == "lora":
-        targets = str(row["targets"])
-        method = LoraConfig(r=int(row["r"]), target_modules=tuple(targets.split(",")) if "," in targets else targets)
+        method = LoraConfig(r=int(row["r"]), target_modules=parse_targets(str(row["targets"])))
     step_flops = _step_flops(str(row["model"]), method, int(row["batch_size"]), int(row["max_length"]))
     return step_flops * int(row["steps"])
 

@@ -1,5 +1,6 @@
 """Base models: found, checked, loaded. Safetensors only, never remote code."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,12 @@ PRECISION_PLANS = {
     "mixed-bf16": Precision(torch.float32, torch.bfloat16, False),
     "mixed-fp16": Precision(torch.float32, torch.float16, True),
 }
+
+
+def autocast_of(config: TrainConfig, device: torch.device) -> Any:
+    """The context that products run in: autocast for mixed precision, else nothing."""
+    compute = PRECISION_PLANS[config.precision].compute
+    return contextlib.nullcontext() if compute is None else torch.autocast(device.type, compute)
 
 
 def resolve_model(model: str) -> Path:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_engine.config import TrainConfig
 from lora_engine.data import IGNORED, Encoded
 
 
@@ -36,6 +37,12 @@ def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> Ba
         labels[i, : len(row.labels)] = torch.as_tensor(row.labels)
     num_tokens = sum(len(row.input_ids) for row in rows)
     return Batch(input_ids.to(device), labels.to(device), num_tokens)
+
+
+def evaluation_batches(rows: Sequence[Encoded], config: TrainConfig, pad_id: int, device: torch.device) -> list[Batch]:
+    """The first `eval_examples` rows, whatever the batch size, so that losses of different runs compare."""
+    kept = rows[: config.eval_examples]
+    return [make_batch(kept[i : i + config.batch_size], pad_id, device) for i in range(0, len(kept), config.batch_size)]
 
 
 def rows_of_step(num_rows: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -17,19 +17,22 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """What `model` says after `prompt_ids`: greedy at temperature 0, else sampled from `seed`."""
+    """What `model` says after `prompt_ids`: greedy at temperature 0, else sampled from `seed`.
+
+    Stops at the end token, after `max_new_tokens`, or where the model's context is full."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    kept = prompt_ids[-max(1, context - max_new_tokens) :] or [tokenizer.eos_id or 0]
+    kept = prompt_ids[-(context - 1) :] or [tokenizer.eos_id or 0]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([kept], device=device)
     out: list[int] = []
     past = None
     for _ in range(min(max_new_tokens, context - len(kept))):
         result = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-        logits = result.logits[0, -1].float().cpu()
+        # A diverged adapter gives NaN: the most likely token is then as good as any.
+        logits = result.logits[0, -1].float().cpu().nan_to_num()
         if temperature > 0:
             token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
         else:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lora_engine.config import TrainConfig
 from lora_engine.data import Encoded
-from lora_engine.training.base import PRECISION_PLANS
-from lora_engine.training.batches import Batch, make_batch, rows_of_step
+from lora_engine.training.base import PRECISION_PLANS, autocast_of
+from lora_engine.training.batches import Batch, evaluation_batches, make_batch, rows_of_step
 from lora_engine.training.checkpoint import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 from lora_engine.training.loss import evaluate, labelled_loss_sum
 from lora_engine.training.measure import PeakMemory
@@ -105,16 +105,12 @@ def train(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(named.values())).device
     optimizer = build_optimizer(list(named.values()), config)
-    plan = PRECISION_PLANS[config.precision]
-    scaler = torch.amp.GradScaler(device.type, enabled=plan.scaled)
+    scaler = torch.amp.GradScaler(device.type, enabled=PRECISION_PLANS[config.precision].scaled)
     if checkpoint and checkpoint.exists():
         state = _restore(checkpoint, named, optimizer, scaler)
-    autocast = torch.autocast(device.type, plan.compute) if plan.compute is not None else contextlib.nullcontext()
+    autocast = autocast_of(config, device)
     memory = PeakMemory(model, optimizer, device)
-    eval_batches = [
-        make_batch(eval_rows[i : i + config.batch_size], pad_id, device)
-        for i in range(0, min(len(eval_rows), config.eval_examples), config.batch_size)
-    ]
+    eval_batches = evaluation_batches(eval_rows, config, pad_id, device)
     eval_every = config.eval_every or max(1, config.steps // 10)
 
     def run_eval(step: int) -> float:

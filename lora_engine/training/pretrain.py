@@ -5,6 +5,7 @@ linear decay; Jordan et al. 2024, "Muon: an optimizer for hidden layers in neura
 order of the data is a function of (seed, step), so a run resumes from its last checkpoint exactly.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -60,6 +61,12 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("muon", "adamw"):
             raise ConfigError("optimizer", self.optimizer, "muon or adamw")
+        for argument in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            value = getattr(self, argument)
+            if value < 1:
+                raise ConfigError(argument, value, "a whole number of at least 1")
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "a whole number of at least 0")
         if self.tokens < self.tokens_per_step:
             raise ConfigError("tokens", self.tokens, f"at least tokens_per_step ({self.tokens_per_step})")
         if self.tokens_per_step % self.context:
@@ -91,7 +98,15 @@ def read_corpus(folder: Path) -> list[tuple[str, str]]:
     paths = [path for path in sorted(folder.glob("*.txt")) if not path.name.startswith("README")]
     if not paths:
         raise DataError(f"corpus is {str(folder)!r}; allowed: a folder with at least one .txt file.")
-    return [(path.name, path.read_text(encoding="utf-8")) for path in paths]
+    documents = []
+    for path in paths:
+        try:
+            documents.append((path.name, path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path.name} is not UTF-8; save it as UTF-8 or take it out of the corpus.") from error
+    if not any(text.strip() for _, text in documents):
+        raise DataError(f"corpus is {str(folder)!r}; its .txt files are empty.")
+    return documents
 
 
 def split_corpus(
@@ -260,7 +275,9 @@ def pretrain(
     checkpoint_every: int = 250,
     on_step: Callable[[int, int, float, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train and write a model folder; resumes when `out` holds a checkpoint of the same config.
+    """Train and write a model folder; resumes when `out` holds a checkpoint of the same plan.
+
+    A resumed run may change `tokens` (and with it the decay); everything else must stay as it was.
 
     `on_step(step, num_steps, loss, tokens_per_second)` is called after each step. Returns
     `parameters, tokens, eval_bits_per_byte, seconds, curve`. Raises DataError, ConfigError."""
@@ -284,12 +301,13 @@ def pretrain(
     state_path = out / CHECKPOINT
     start, seconds = 0, 0.0
     curve: list[dict[str, float]] = []
+    plan = asdict(config) | {"tokens": None, "corpus": _fingerprint(documents)}
     if state_path.exists():
-        start, curve, seconds = _restore(state_path, model, optimizers)
+        start, curve, seconds = _restore(state_path, model, optimizers, plan)
 
     step_loss = torch.compile(next_token_loss, dynamic=False) if compile_model else next_token_loss
     began = time.perf_counter()
-    loss_sum = 0.0
+    losses: list[float] = []
     for step in range(start, config.num_steps):
         step_began = time.perf_counter()
         factor = config.lr_factor(step)
@@ -301,23 +319,22 @@ def pretrain(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loss_sum += loss.item()
+        losses.append(loss.item())
         if on_step:
             rate = config.tokens_per_step / (time.perf_counter() - step_began)
-            on_step(step + 1, config.num_steps, loss.item(), rate)
+            on_step(step + 1, config.num_steps, losses[-1], rate)
         if (step + 1) % checkpoint_every == 0 or step + 1 == config.num_steps:
             quick = bits_per_byte(model, held_out, held_out_bytes, config.context, max_windows=128, half=half)
-            steps_since = min(checkpoint_every, step + 1 - start)
             curve.append(
                 {
                     "step": step + 1,
                     "tokens": (step + 1) * config.tokens_per_step,
-                    "train_loss": loss_sum / steps_since,
+                    "train_loss": sum(losses) / len(losses),
                     "eval_bits_per_byte": quick,
                 }
             )
-            loss_sum = 0.0
-            facts = {"step": step + 1, "curve": curve, "seconds": seconds + time.perf_counter() - began}
+            losses.clear()
+            facts = {"plan": plan, "step": step + 1, "curve": curve, "seconds": seconds + time.perf_counter() - began}
             save_tensors(state_path, _state_tensors(model, optimizers), facts)
 
     half_weights = {
@@ -359,6 +376,13 @@ def save_folder(out: Path, model: Any, weights: dict[str, torch.Tensor], result:
     (out / "pretrain.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def _fingerprint(documents: list[tuple[str, str]]) -> str:
+    digest = hashlib.sha256()
+    for name, text in documents:
+        digest.update(f"{name} {len(text)} ".encode() + text.encode())
+    return digest.hexdigest()[:16]
+
+
 def _state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {f"parameter.{name}": p for name, p in model.named_parameters()}
     for i, optimizer in enumerate(optimizers):
@@ -368,9 +392,12 @@ def _state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) ->
 
 @torch.no_grad()
 def _restore(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], plan: dict[str, Any]
 ) -> tuple[int, list[dict[str, float]], float]:
     tensors, facts = load_tensors(path)
+    for key, value in plan.items():
+        if facts["plan"].get(key) != value:
+            raise ConfigError(key, value, f"{facts['plan'].get(key)!r}, as in the checkpoint {path}")
     for name, p in model.named_parameters():
         p.copy_(tensors[f"parameter.{name}"])
     for i, optimizer in enumerate(optimizers):

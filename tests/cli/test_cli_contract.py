@@ -174,3 +174,32 @@ def test_sweep(capsys):
     assert again["status"] == "done"
     assert run_json(capsys, "runs", "delete", sweep_id)[0] == 0
     assert run_json(capsys, "runs")[1] == {"runs": []}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["data", "~nosuchuser/rows.csv"], "~nosuchuser/rows.csv"),
+        (["train", "--data", SUPPORT, "--seq", "4"], "seq is 4; allowed: a whole number from 8"),
+        (["train", "--data", SUPPORT, "--method", "full", "--precision", "fp16"], "precision is 'fp16'; allowed: fp32"),
+        (["sweep", "--data", SUPPORT, "--alpha", "-1"], "alpha"),
+        (["pretrain", "--corpus", "CORPUS", "--out", "OUT", "--seed", "-1"], "seed is -1; allowed"),
+        (["pretrain", "--corpus", "CORPUS", "--out", "OUT", "--hidden", "0"], "hidden is 0; allowed"),
+        (["pretrain", "--corpus", "CORPUS", "--out", "OUT"], "a.txt is not UTF-8"),
+    ],
+)
+def test_odd_requests_too(capsys, tmp_path, argv, words):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 50)
+    argv = [{"CORPUS": str(tmp_path), "OUT": str(tmp_path / "out")}.get(part, part) for part in argv]
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+def test_a_long_continuation_keeps_its_prompt(home, capsys):
+    _, payload = run_json(capsys, "train", "--data", SUPPORT, *SMALL)
+    prompt = ["--prompt", "The parcel with the blue kettle never came to my house in York."]
+    _, short = run_json(capsys, "generate", payload["run_id"], *prompt, "--max-tokens", "8")
+    _, long = run_json(capsys, "generate", payload["run_id"], *prompt, "--max-tokens", "4096")
+    assert long["text"].startswith(short["text"])

@@ -143,6 +143,14 @@ def test_peak_memory_holds_at_least_what_must_be_there():
     assert 4 * parameters <= state.peak_bytes <= 12 * parameters
 
 
+def test_evaluation_takes_the_same_rows_whatever_the_batch():
+    from lora_engine.training.batches import evaluation_batches
+
+    for size in (3, 4, 100):
+        batches = evaluation_batches(rows(12), settings(batch_size=size, eval_examples=7), 0, CPU)
+        assert sum(len(batch.input_ids) for batch in batches) == 7
+
+
 def test_rows_of_step_visits_every_row_once_an_epoch():
     seen = [i for step in range(5) for i in rows_of_step(10, 4, step, seed=0)]
     assert sorted(seen[:10]) == list(range(10))

@@ -71,6 +71,19 @@ def test_interrupted_pretraining_resumes_exactly(corpus, tmp_path):
     assert figures[0] == figures[1]
 
 
+def test_a_checkpoint_goes_on_under_its_own_plan_only(corpus, tmp_path):
+    import dataclasses
+
+    pretrain(corpus, tmp_path / "out", SETTINGS, half=False, checkpoint_every=10)
+    longer = dataclasses.replace(SETTINGS, tokens=SETTINGS.tokens + 64 * 10)
+    assert len(pretrain(corpus, tmp_path / "out", longer, half=False, checkpoint_every=10)["curve"]) == 4
+    with pytest.raises(ConfigError, match="seed is 1; allowed: 0, as in the checkpoint"):
+        pretrain(corpus, tmp_path / "out", dataclasses.replace(SETTINGS, seed=1), half=False)
+    (corpus / "d.txt").write_text("another book")
+    with pytest.raises(ConfigError, match="corpus is"):
+        pretrain(corpus, tmp_path / "out", SETTINGS, half=False)
+
+
 def test_held_out_blocks_are_never_trained_on():
     documents = [("a", "".join(f"line {i}\n" for i in range(20000)))]
     train, held_out = split_corpus(documents, 0.1, seed=0)
