@@ -159,14 +159,15 @@ def pretrain(arguments: argparse.Namespace) -> Output:
         optimizer=arguments.optimizer,
         seed=arguments.seed,
     )
-    with tqdm(total=config.num_steps, unit="step", disable=arguments.json) as bar:
+    bars: list[tqdm[Any]] = []
 
-        def on_step(step: int, _num_steps: int, loss: float, rate: float) -> None:
-            bar.initial = bar.initial or step - 1
-            bar.n = step
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{rate:.0f}", refresh=False)
-            bar.refresh()
+    def on_step(step: int, num_steps: int, loss: float, rate: float) -> None:
+        if not bars:  # with the first step: what is refused before it is one line and no bar
+            bars.append(tqdm(total=num_steps, initial=step - 1, unit="step", disable=arguments.json))
+        bars[0].set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{rate:.0f}", refresh=False)
+        bars[0].update()
 
+    try:
         result = run_pretraining(
             arguments.corpus,
             arguments.out,
@@ -176,6 +177,9 @@ def pretrain(arguments: argparse.Namespace) -> Output:
             compile_model=arguments.compile,
             on_step=on_step,
         )
+    finally:
+        for bar in bars:
+            bar.close()
     payload = {key: result[key] for key in ("parameters", "tokens", "eval_bits_per_byte", "seconds")}
     return payload, (
         f"{result['parameters']:,} parameters, {result['tokens']:,} tokens, "

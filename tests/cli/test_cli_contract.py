@@ -197,7 +197,7 @@ def test_odd_requests_too(capsys, tmp_path, argv, words):
     assert words in captured.err
 
 
-def test_a_long_continuation_keeps_its_prompt(home, capsys):
+def test_a_long_continuation_keeps_its_prompt(capsys):
     _, payload = run_json(capsys, "train", "--data", SUPPORT, *SMALL)
     prompt = ["--prompt", "The parcel with the blue kettle never came to my house in York."]
     _, short = run_json(capsys, "generate", payload["run_id"], *prompt, "--max-tokens", "8")

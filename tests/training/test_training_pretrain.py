@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_engine.errors import ConfigError, DataError
@@ -63,8 +64,11 @@ def test_interrupted_pretraining_resumes_exactly(corpus, tmp_path):
     with pytest.raises(StopError):
         pretrain(corpus, tmp_path / "parts", SETTINGS, half=False, checkpoint_every=10, on_step=stop)
     pretrain(corpus, tmp_path / "parts", SETTINGS, half=False, checkpoint_every=10)
-    for name in ("model.safetensors", "tokenizer.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    folders = [tmp_path / part for part in ("whole", "parts")]
+    assert folders[0].joinpath("tokenizer.json").read_bytes() == folders[1].joinpath("tokenizer.json").read_bytes()
+    whole, parts = (load_file(folder / "model.safetensors") for folder in folders)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     figures = [
         json.loads((tmp_path / part / "pretrain.json").read_text())["eval_bits_per_byte"] for part in ("whole", "parts")
     ]
