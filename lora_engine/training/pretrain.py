@@ -359,7 +359,7 @@ def pretrain(
 
 def save_folder(out: Path, model: Any, weights: dict[str, torch.Tensor], result: dict[str, Any]) -> None:
     """Write what transformers loads: config.json, model.safetensors, tokenizer files; and pretrain.json."""
-    facts = model.config.to_dict() | {"dtype": "float16", "architectures": ["LlamaForCausalLM"]}
+    facts = model.config.to_diff_dict() | {"dtype": "float16", "architectures": ["LlamaForCausalLM"]}
     (out / "config.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
     tokenizer_config = {
         "backend": "tokenizers",
