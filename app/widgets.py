@@ -153,8 +153,11 @@ def explain(what: str, formula: Callable[[], None]) -> None:
     left, right = st.columns(2)
     with left.expander("What is this?"):
         st.markdown(what)
-    with right.expander("The formula"):
-        formula()
+    # Drawn when it is opened: the browser then loads its maths renderer for those who ask.
+    fold = right.expander("The formula", key="formula", on_change="rerun")
+    if fold.open:
+        with fold:
+            formula()
 
 
 def model_word(model: str) -> str:

@@ -69,22 +69,25 @@ st.caption(
 )
 card_chips(fits, settings.card)
 
-with st.expander("Every adapted module"):
-    modules = cache.module_table(settings.model, method)
-    st.dataframe(
-        modules,
-        hide_index=True,
-        column_config={
-            "name": "Module",
-            "count": st.column_config.NumberColumn("How many", format="localized"),
-            "in_features": st.column_config.NumberColumn("In", format="localized"),
-            "out_features": st.column_config.NumberColumn("Out", format="localized"),
-            "trainable_parameters": st.column_config.NumberColumn("Trainable parameters", format="localized"),
-        },
-    )
-    for note in modules.attrs["notes"]:
-        st.caption(note)
-    download_table(modules, "modules")
+# Drawn when it is opened, so the browser need not load its table for the first chart.
+fold = st.expander("Every adapted module", key="modules", on_change="rerun")
+if fold.open:
+    with fold:
+        modules = cache.module_table(settings.model, method)
+        st.dataframe(
+            modules,
+            hide_index=True,
+            column_config={
+                "name": "Module",
+                "count": st.column_config.NumberColumn("How many", format="localized"),
+                "in_features": st.column_config.NumberColumn("In", format="localized"),
+                "out_features": st.column_config.NumberColumn("Out", format="localized"),
+                "trainable_parameters": st.column_config.NumberColumn("Trainable parameters", format="localized"),
+            },
+        )
+        for note in modules.attrs["notes"]:
+            st.caption(note)
+        download_table(modules, "modules")
 
 
 def _formula() -> None:
