@@ -204,4 +204,4 @@ def test_the_default_command_is_the_worker(ledger: Ledger, monkeypatch: pytest.M
     monkeypatch.setattr(subprocess, "Popen", Recorder)
     (run_id,) = new_runs(ledger, 1)
     LocalExecutor(ledger.home).submit([run_id])
-    assert started == [[sys.executable, "-m", "lora_engine.worker", "--home", str(ledger.home), run_id]]
+    assert started == [[sys.executable, "-P", "-m", "lora_engine.worker", "--home", str(ledger.home), run_id]]

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_engine.errors import ConfigError, DataError
-from lora_engine.training.pretrain import PretrainConfig, batch_at, pretrain, split_corpus, train_tokenizer
+from lora_engine.training.corpus import split_corpus, train_tokenizer
+from lora_engine.training.pretrain import PretrainConfig, batch_at, pretrain
 
 SETTINGS = PretrainConfig(
     vocab_size=320, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1,
