@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lora_engine import __version__
+from lora_engine.commands import find_command
 from lora_engine.config import DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS
 from lora_engine.errors import ConfigError, InputError, LoraExplorerError
 
@@ -143,11 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.home is not None:
         os.environ["LORA_EXPLORER_HOME"] = str(arguments.home)
-    from lora_engine import commands
-    from lora_engine.runs import finite_only
-
     try:
-        payload, text = getattr(commands, arguments.command)(arguments)
+        payload, text = find_command(arguments.command)(arguments)
     except InputError as error:
         return _fail(2, arguments.command, error)
     except LoraExplorerError as error:
@@ -159,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever else went wrong: one line, and the work has failed
         return _fail(1, arguments.command, f"{type(error).__name__}: {error}")
     if payload is not None:
+        from lora_engine.runs import finite_only
+
         try:
             print(
                 json.dumps(finite_only(payload), allow_nan=False, default=str) if arguments.json else text, flush=True

@@ -1,6 +1,9 @@
 """The command line's contract: keys, exit codes, one line on standard error, and a real train and sweep."""
 
 import json
+import socket
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -9,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_engine.assets_path import asset_path
 from lora_engine.cli import main
+from lora_engine.commands import COMMANDS, find_command
 from lora_engine.config import TrainConfig
 from lora_engine.export import load_adapter
 from lora_engine.runs import Ledger
@@ -105,6 +109,20 @@ def test_wrong_requests_exit_with_2_and_one_line(capsys, argv, words):
     assert captured.err.count("\n") == 1
     assert words in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_the_dashboard_says_that_its_port_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "lora_engine.cli", "app", "--no-browser", "--port", port]
+        done = subprocess.run([*command, "--home", str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"is port {port} in use?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_has_its_function():
+    assert all(callable(find_command(name)) for name in COMMANDS)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "attention"])
