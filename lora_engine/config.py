@@ -60,11 +60,57 @@ class FullConfig:
     method: ClassVar[str] = "full"
 
 
-MethodConfig = LoraConfig | FullConfig
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Transfer learning: the base is frozen and only a head is trained.
 
-METHOD_CONFIGS: dict[str, type[LoraConfig] | type[FullConfig]] = {
-    LoraConfig.method: LoraConfig,
-    FullConfig.method: FullConfig,
+    A language model trains its output head (a tied one is given a copy of its own first); a classifier trains a new
+    linear map from the pooled features to the labels."""
+
+    method: ClassVar[str] = "head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckConfig:
+    """Adapter layers: down-projection, nonlinearity, up-projection, residual.
+
+    "houlsby" puts one after attention and one after the MLP (Houlsby et al. 2019, section 2.1), "pfeiffer" one after
+    the MLP alone (Pfeiffer et al. 2021, section 2.2.2). The inner width is
+    hidden_size // reduction_factor, at least 1."""
+
+    method: ClassVar[str] = "bottleneck"
+
+    reduction_factor: int = 16
+    placement: str = "houlsby"
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        _check_int("reduction_factor", self.reduction_factor, 1, 65536)
+        _check_choice("placement", self.placement, ("houlsby", "pfeiffer"))
+        _check_choice("activation", self.activation, ("gelu", "relu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    """Prefix tuning (Li and Liang 2021, section 4): `prefix_length` trained key-value pairs before the first token, in
+    every layer. `reparametrize` trains them through an MLP of width `encoder_hidden_size` (0: the hidden size), which
+    is dropped after training (section 4.3)."""
+
+    method: ClassVar[str] = "prefix"
+
+    prefix_length: int = 16
+    reparametrize: bool = False
+    encoder_hidden_size: int = 0
+
+    def __post_init__(self) -> None:
+        _check_int("prefix_length", self.prefix_length, 0, 65536)
+        _check_int("encoder_hidden_size", self.encoder_hidden_size, 0, 65536)
+
+
+MethodConfig = LoraConfig | FullConfig | HeadConfig | BottleneckConfig | PrefixConfig
+
+METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
+    config.method: config for config in (LoraConfig, FullConfig, HeadConfig, BottleneckConfig, PrefixConfig)
 }
 
 
@@ -170,7 +216,7 @@ def to_dict(config: RunConfig | MethodConfig | TrainConfig | DataConfig) -> dict
     for key, value in values.items():
         if isinstance(value, tuple):
             values[key] = list(value)
-    if isinstance(config, LoraConfig | FullConfig):
+    if isinstance(config, MethodConfig):
         return {"method": config.method} | values
     return values
 

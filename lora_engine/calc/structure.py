@@ -9,6 +9,8 @@ class LinearShape:
     """`count` equal linear maps x (..., in_features) -> (..., out_features).
 
     `name` is dotted: inside a layer ("self_attn.q_proj") when `per_layer`, full otherwise ("lm_head").
+    `layers` lists the indices of the layers that have it (None: every layer); `path` is the module list it sits
+    in where a model has several (T5's "encoder.block"; "": the model's `layer_path`).
     `kind` is "linear" (weight stored (out, in)) or "conv1d" (GPT-2's, stored (in, out)).
     `tied` means that the weight is the input embedding's, so it counts no parameters of its own."""
 
@@ -21,6 +23,8 @@ class LinearShape:
     group: str  # "attention" | "mlp" | "projection" | "head"
     per_layer: bool = True
     tied: bool = False
+    layers: tuple[int, ...] | None = None
+    path: str = ""
 
     @property
     def num_parameters(self) -> int:
@@ -44,13 +48,41 @@ class OtherShape:
     per_layer: bool = False
     feeds: tuple[str, ...] = ()
     num_groups: int = 1  # a norm over heads normalises so many groups per token
+    layers: tuple[int, ...] | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """`count` equal 3-D parameters that hold one map x (..., in_features) -> (..., out_features) for each of
+    `num_experts` experts: Mixtral's `mlp.experts.gate_up_proj` (E, out, in), gpt-oss's (E, in, out) when
+    `transposed`. No nn.Linear, so `target_modules` never sees them; PEFT's `target_parameters` does."""
+
+    name: str
+    count: int
+    num_experts: int
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+    transposed: bool = False
+    layers: tuple[int, ...] | None = None
+    path: str = ""
+    per_layer: bool = True
+
+    @property
+    def num_parameters(self) -> int:
+        """Of one of them, all experts together."""
+        return self.num_experts * (self.in_features * self.out_features + (self.out_features if self.has_bias else 0))
+
+
+Part = LinearShape | OtherShape | ExpertShape
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """A model as counted. `architecture` is the transformers class whose parameters these are.
 
-    Sizes are numbers of values; `linears` and `others` hold every parameter exactly once, in the
+    Sizes are numbers of values; `linears`, `others` and `experts` hold every parameter exactly once, in the
     model's order. The fields from `layer_path` on are what names and memory need."""
 
     name: str
@@ -77,13 +109,24 @@ class ModelShape:
     parallel: bool = False
     num_dropouts: int = 0  # over the residual stream, in each layer
     softcap: bool = False  # scores and logits pass through a tanh, which scaled_dot_product_attention cannot do
+    experts: tuple[ExpertShape, ...] = ()
+    experts_per_token: int = 0
     notes: tuple[str, ...] = ()
 
     @cached_property
     def total_parameters(self) -> int:
         """Every parameter once; a tied head is its embedding."""
-        linears = sum(linear.count * linear.num_parameters for linear in self.linears)
-        return linears + sum(part.count * part.num_parameters for part in self.others)
+        parts: tuple[Part, ...] = (*self.linears, *self.others, *self.experts)
+        return sum(part.count * part.num_parameters for part in parts)
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """What one token meets: of the experts only those that it is sent to."""
+        idle = sum(
+            part.count * part.num_parameters * (part.num_experts - self.experts_per_token) // part.num_experts
+            for part in self.experts
+        )
+        return self.total_parameters - idle
 
     @property
     def query_width(self) -> int:
@@ -98,11 +141,17 @@ class ModelShape:
         """Whether it predicts the next token (and so keeps a key-value cache when it generates)."""
         return self.model_type not in ("bert", "roberta")
 
-    def full_names(self, part: LinearShape | OtherShape) -> list[str]:
-        """The dotted names of `part` in the real model, one per module."""
+    def layers_of(self, part: Part) -> tuple[int, ...]:
+        """Indices of the layers that have `part`; none for one that stands outside."""
+        if not part.per_layer:
+            return ()
+        return tuple(range(self.num_layers)) if part.layers is None else part.layers
+
+    def full_names(self, part: Part) -> list[str]:
+        """The dotted names of `part` in the real model, one per module, in the order of `layers_of`."""
         if not part.per_layer:
             return [part.name]
-        return [f"{self.layer_path}.{i}.{part.name}" for i in range(self.num_layers)]
+        return [f"{part.path or self.layer_path}.{i}.{part.name}" for i in self.layers_of(part)]
 
     @cached_property
     def linear_names(self) -> tuple[str, ...]:
@@ -111,6 +160,9 @@ class ModelShape:
         first = self.linears.index(in_layer[0])
         last = self.linears.index(in_layer[-1])
         names = [linear.name for linear in self.linears[:first]]
-        for i in range(self.num_layers):
-            names += [f"{self.layer_path}.{i}.{linear.name}" for linear in in_layer]
+        for path in dict.fromkeys(linear.path or self.layer_path for linear in in_layer):
+            here = [linear for linear in in_layer if (linear.path or self.layer_path) == path]
+            holders = [(linear, set(self.layers_of(linear))) for linear in here]
+            for i in range(self.num_layers):
+                names += [f"{path}.{i}.{linear.name}" for linear, layers in holders if i in layers]
         return tuple(names + [linear.name for linear in self.linears[last + 1 :]])
