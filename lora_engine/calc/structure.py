@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 
+# Others scale or cap their logits (Gemma 2, Cohere, Granite) or project before the head.
+PLAIN_HEADS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "phi", "gpt2", "gpt_neox", "gemma", "opt", "smollm3", "olmo2"}
+)
+
+
 @dataclass(frozen=True)
 class LinearShape:
     """`count` equal linear maps x (..., in_features) -> (..., out_features).
@@ -127,6 +133,12 @@ class ModelShape:
             for part in self.experts
         )
         return self.total_parameters - idle
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether the logits are the output head's map of the last hidden state and nothing more, so that a loss
+        can pick its rows before the head."""
+        return self.model_type in PLAIN_HEADS and not self.softcap
 
     @property
     def query_width(self) -> int:

@@ -105,8 +105,18 @@ def load_base(folder: Path, train: TrainConfig, device: torch.device) -> Any:
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and train.max_length > context:
         raise ConfigError("max_length", train.max_length, f"at most {context}, the context of this model")
+    prepare_model(model, train)
+    return model.to(device)
+
+
+def weight_dtype(train: TrainConfig) -> torch.dtype:
+    """How `train.precision` stores weights."""
+    return PRECISION_PLANS[train.precision].weights
+
+
+def prepare_model(model: Any, train: TrainConfig) -> None:
+    """What the loop's settings ask of the model itself: gradient checkpointing."""
     if train.checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # A frozen embedding gives checkpointed layers no input that needs a gradient.
         model.enable_input_require_grads()
-    return model.to(device)
