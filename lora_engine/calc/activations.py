@@ -32,10 +32,10 @@ class Widths:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What is trained inside a layer: these names, each with rank `r`, or everything (`full`)."""
+    """What is trained inside a layer: these names, `ranks` in all of them together, or everything (`full`)."""
 
     names: frozenset[str]
-    r: int
+    ranks: int
     full: bool
 
     def trains(self, name: str) -> bool:
@@ -58,33 +58,42 @@ def saved_bytes(
     goes there. The first adapted one keeps less: its own input needs none."""
     full = selection is None
     nothing: frozenset[str] = frozenset()
-    patterns = selection.patterns if selection else ()
+    patterns = (
+        [
+            (names, layers, r * plain + fixed)
+            for (names, layers), (plain, fixed) in zip(selection.patterns, selection.low_ranks, strict=True)
+        ]
+        if selection
+        else []
+    )
     first = selection.first_layer if selection else 0
     flows_in = full or any(name.endswith("project_in") for name in (selection.outer if selection else ()))
     if flows_in:
         first = 0
 
-    def layer(names: frozenset[str], flows: bool) -> int:
-        return layer_bytes(shape, Adapted(names, r, full), flows, widths, seq_length=seq_length, eager=eager)
+    def layer(names: frozenset[str], ranks: int, flows: bool) -> int:
+        return layer_bytes(shape, Adapted(names, ranks, full), flows, widths, seq_length=seq_length, eager=eager)
 
     outside = _outside_bytes(shape, selection, widths, flows=full or first < shape.num_layers)
     if checkpointing:
         # Each layer keeps its input; the one that is recomputed keeps everything for a moment.
         kept = shape.num_layers * widths.stream * shape.hidden_size
-        return kept + outside, max((layer(names, True) for names, _ in patterns), default=layer(nothing, True))
+        return kept + outside, max(
+            (layer(names, ranks, True) for names, _, ranks in patterns), default=layer(nothing, 0, True)
+        )
     if full:
-        return shape.num_layers * layer(nothing, True) + outside, 0
+        return shape.num_layers * layer(nothing, 0, True) + outside, 0
     total, seen = 0, 0
-    for names, layers in patterns:
+    for names, layers, ranks in patterns:
         later = len(layers)
         if first in layers and not flows_in:
-            total += layer(names, False)
+            total += layer(names, ranks, False)
             later -= 1
-        total += later * layer(names, True)
+        total += later * layer(names, ranks, True)
         seen += len(layers)
     # Layers without an adapter of their own still carry gradients to those before them.
     untouched = shape.num_layers - first - seen
-    return total + untouched * layer(nothing, True) + outside, 0
+    return total + untouched * layer(nothing, 0, True) + outside, 0
 
 
 def layer_bytes(
@@ -123,7 +132,7 @@ def layer_bytes(
         # Dropout keeps a mask of one byte a value (CUDA; the CPU keeps it in the values' own type).
         total += shape.num_dropouts * shape.hidden_size
     if not adapted.full:
-        total += widths.compute * adapted.r * len(adapted.names)  # x A^T
+        total += widths.compute * adapted.ranks  # x A^T
     return total
 
 

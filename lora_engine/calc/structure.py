@@ -1,6 +1,6 @@
 """What a transformer is made of, as far as counting goes: names, sizes, and what feeds what."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 
@@ -112,6 +112,14 @@ class ModelShape:
     experts: tuple[ExpertShape, ...] = ()
     experts_per_token: int = 0
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        # Shapes are the keys of caches that a slider asks hundreds of times.
+        return self._hash
 
     @cached_property
     def total_parameters(self) -> int:
