@@ -100,7 +100,7 @@ def lora_file_bytes(shape: ModelShape, selection: Selection, config: LoraConfig)
             name += len(shape.layer_path) + 1 + len(str(shape.num_layers))
         entry = len(',"":{"dtype":"F32","shape":[,],"data_offsets":[,]}') + name + _KEY_EXTRA + 2 * offset
         shapes = 2 * len(str(rank)) + len(str(target.in_features)) + len(str(target.out_features))
-        magnitude = entry + len("magnitude_vector") if config.use_dora else 0
+        magnitude = entry + len("magnitude_vector") - len("A.weight") if config.use_dora else 0
         header += target.count * (2 * entry + shapes + magnitude)
     return data + header
 

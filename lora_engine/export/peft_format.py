@@ -18,12 +18,13 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # PEFT wraps a model twice (PeftModel.base_model, LoraModel.model); its keys carry both names.
 _PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector.weight"
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, *, base_model: str, out: Path) -> Path:
     """Write the adapter of `model` into folder `out` (peft/utils/save_and_load.py); returns `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    state = {_PREFIX + name: value.contiguous().cpu() for name, value in lora.state_dict(model).items()}
+    state = {_peft_name(name): value.contiguous().cpu() for name, value in lora.state_dict(model).items()}
     save_file(state, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     layers = lora.lora_layers(model)
     facts: dict[str, Any] = {
@@ -85,10 +86,14 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     return config
 
 
+def _peft_name(name: str) -> str:
+    # PEFT's files keep the name that a magnitude had when it was a parameter and no module.
+    return _PREFIX + (name.removesuffix(".weight") if name.endswith(_MAGNITUDE) else name)
+
+
 def _own_name(name: str) -> str:
     name = name.removeprefix(_PREFIX)
-    # PEFT before 0.10 left the last part of a magnitude's name out.
-    return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
+    return f"{name}.weight" if f"{name}.weight".endswith(_MAGNITUDE) else name
 
 
 def _target_facts(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
