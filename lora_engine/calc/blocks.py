@@ -13,7 +13,7 @@ keeps more: 36 + 4 kappa + 10 iota.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lora_engine.calc.structure import LinearShape, ModelShape, OtherShape
+from lora_engine.calc.structure import LinearShape, ModelShape, OtherShape, Part
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class _Layer:
         return Block(saved, max(passing, beside + dense if dense else 0), gradients)
 
 
-def _is_in(part: LinearShape | OtherShape, index: int) -> bool:
+def _is_in(part: Part, index: int) -> bool:
     return part.layers is None or index in part.layers
 
 

@@ -25,7 +25,7 @@ def estimate_step_flops(shape: ModelShape, method: MethodConfig, batch_size: int
     scores = 4 * seq_length * shape.query_width
     forward = shape.num_layers * (2 * inside + scores) + 2 * outside
     if isinstance(method, LoraConfig):
-        selection = select_linears(shape, method.target_modules)
+        selection = select_linears(shape, method)
         layers = shape.num_layers - selection.first_layer
         backward = layers * (2 * inside + 2 * scores) + 2 * outside
         return tokens * (forward + backward + 6 * trained_lora_parameters(selection, method))

@@ -166,13 +166,12 @@ def _plan(method: MethodConfig, selection: Selection | None, all_gradients: int,
         everything = Trained({}, full=True)
         return Plan(lambda _: everything, {}, True, False, all_gradients)
     nothing = Trained({}, adapter_width=width)
-    layers = {
-        i: trained
-        for names, found in selection.patterns
-        for trained in [Trained(dict.fromkeys(names, method.r), adapter_width=width, magnitudes=method.use_dora)]
-        for i in found
-    }
-    outer = dict.fromkeys(selection.outer, method.r)
+    layers = {}
+    for names, found in selection.patterns:
+        ranks = {name: method.r if rank is None else rank for name, rank in names}
+        trained = Trained(ranks, adapter_width=width, magnitudes=method.use_dora)
+        layers.update(dict.fromkeys(found, trained))
+    outer = {target.name: target.r(method) for target in selection.targets if target.name in selection.outer}
     return Plan(lambda i: layers.get(i, nothing), outer, False, False, all_gradients, width)
 
 
@@ -207,7 +206,7 @@ def rank_table(
     """For each rank: r, trainable_parameters, trainable_percent, peak_bytes, terms, adapter_bytes (what the
     dial looks up). `settings` are those of `estimate_memory`. Raises ConfigError, TargetError."""
     checked = Settings(**settings)
-    selection = select_linears(shape, method.target_modules)
+    selection = select_linears(shape, method)
     rows = []
     for r in ranks:
         config = replace(method, r=r)
@@ -236,7 +235,7 @@ def _notes(shape: ModelShape, settings: Settings) -> tuple[str, ...]:
 
 
 def _selection(method: MethodConfig, shape: ModelShape) -> Selection | None:
-    return select_linears(shape, method.target_modules) if isinstance(method, LoraConfig) else None
+    return select_linears(shape, method) if isinstance(method, LoraConfig) else None
 
 
 def _optimizer_bytes(
@@ -263,10 +262,11 @@ def _trained_tensors(shape: ModelShape, method: MethodConfig, selection: Selecti
     """(count, number of values) of every trained tensor."""
     tensors: list[tuple[int, int]] = []
     if isinstance(method, LoraConfig) and selection is not None:
-        for linear, count in selection.linears:
-            tensors += [(count, method.r * linear.in_features), (count, method.r * linear.out_features)]
+        for target in selection.targets:
+            r = target.r(method) * target.num_experts
+            tensors += [(target.count, r * target.in_features), (target.count, r * target.out_features)]
             if method.use_dora:
-                tensors.append((count, linear.out_features))
+                tensors.append((target.count, target.out_features))
         return tensors
     for linear in shape.linears:
         if not linear.tied:

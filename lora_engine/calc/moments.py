@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lora_engine.calc.blocks import Block, Step, Trained, layer_blocks, norm_passing, norm_saved
-from lora_engine.calc.structure import ModelShape
+from lora_engine.calc.structure import ModelShape, Part
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def layer_runs(shape: ModelShape, plan: Plan, step: Step, checkpointing: bool) -
     """The layers from below to above, those that are alike and adjoin taken together."""
     # Checkpointing asks for gradients at the embedding's output, so that they reach every layer.
     flows = plan.full or checkpointing or any(name.endswith("project_in") for name in plan.outer)
-    partial = [part.layers for part in (*shape.linears, *shape.others, *shape.experts) if part.layers is not None]
+    parts: tuple[Part, ...] = (*shape.linears, *shape.others, *shape.experts)
+    partial = [part.layers for part in parts if part.layers is not None]
     runs: list[_Run] = []
     last: object = None
     for i in range(shape.num_layers):

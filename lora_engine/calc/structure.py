@@ -1,8 +1,7 @@
 """What a transformer is made of, as far as counting goes: names, sizes, and what feeds what."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-
 
 # Others scale or cap their logits (Gemma 2, Cohere, Granite) or project before the head.
 PLAIN_HEADS = frozenset(
@@ -118,6 +117,14 @@ class ModelShape:
     experts: tuple[ExpertShape, ...] = ()
     experts_per_token: int = 0
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        # Shapes are the keys of caches that a slider asks hundreds of times.
+        return self._hash
 
     @cached_property
     def total_parameters(self) -> int:

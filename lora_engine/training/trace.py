@@ -124,7 +124,7 @@ def _trace(model: Any, train: TrainConfig, labelled_share: float, device: torch.
     model.train()
     with count:
         for step in range(2):  # the optimizer's state exists from the second step on
-            for micro in range(train.accumulation):
+            for _ in range(train.accumulation):
                 count.category = "overhead"
                 batch = _batch(train, labelled_share, device)
                 with _gradients(count, trained), _head(count, model):

@@ -13,7 +13,7 @@ from lora_engine.data import IGNORED, Encoded
 from lora_engine.errors import ConfigError, ModelLoadError
 from lora_engine.methods import inject
 from lora_engine.training.base import load_base, resolve_device, resolve_model
-from lora_engine.training.batches import make_batch, rows_of_step
+from lora_engine.training.batches import label_batch, make_batch, rows_of_step
 from lora_engine.training.checkpoint import load_tensors, save_tensors
 from lora_engine.training.loop import Callbacks, lr_at, train
 from lora_engine.training.loss import evaluate, labelled_loss_sum
