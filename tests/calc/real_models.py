@@ -115,6 +115,13 @@ VARIANTS = {
     ),
     "starcoder2": ("starcoder2", SMALL),
     "starcoder2, no bias, untied": ("starcoder2", SMALL | {"use_bias": False, "tie_word_embeddings": False}),
+    "t5": ("t5", T5),
+    "t5 1.1": ("t5", T5 | {"feed_forward_proj": "gated-gelu"}),
+    "t5, longer decoder": ("t5", T5 | {"num_decoder_layers": 4}),
+    "t5, shorter decoder": ("t5", T5 | {"num_decoder_layers": 1}),
+}
+# Those with experts, of which PEFT sees the linears only.
+MOE_VARIANTS = {
     "mixtral": ("mixtral", SMALL | {"num_local_experts": 4, "num_key_value_heads": 2}),
     "phimoe": (
         "phimoe",
@@ -138,10 +145,6 @@ VARIANTS = {
     "deepseek_v3": ("deepseek_v3", SMALL | DEEPSEEK | {"q_lora_rank": 20, "first_k_dense_replace": 2}),
     "deepseek_v3, all dense": ("deepseek_v3", SMALL | DEEPSEEK | {"first_k_dense_replace": 3}),
     "deepseek_v3, no dense": ("deepseek_v3", SMALL | DEEPSEEK | {"first_k_dense_replace": 0}),
-    "t5": ("t5", T5),
-    "t5 1.1": ("t5", T5 | {"feed_forward_proj": "gated-gelu"}),
-    "t5, longer decoder": ("t5", T5 | {"num_decoder_layers": 4}),
-    "t5, shorter decoder": ("t5", T5 | {"num_decoder_layers": 1}),
 }
 TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 TITLES = {
@@ -152,9 +155,11 @@ TITLES = {
     "deberta-v2": "DebertaV2",
     "modernbert": "ModernBert",
 }
-ENCODERS = {
+ENCODERS = {f"{family} {kind}": (family, kind) for family in ("bert", "roberta", "xlm-roberta") for kind in TASKS}
+# Their attention's maps have other names than BERT's.
+OTHER_ENCODERS = {
     f"{family} {kind}": (family, kind)
-    for family in TITLES
+    for family in ("distilbert", "deberta-v2", "modernbert")
     for kind in TASKS
     if (family, kind) != ("distilbert", "ForQuestionAnswering")  # takes two labels only
 }

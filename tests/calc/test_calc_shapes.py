@@ -11,6 +11,8 @@ import torch
 from real_models import (
     ENCODER_VARIANTS,
     ENCODERS,
+    MOE_VARIANTS,
+    OTHER_ENCODERS,
     SMALL,
     VARIANTS,
     assert_same,
@@ -23,8 +25,11 @@ from lora_engine import calc
 from lora_engine.assets_path import asset_path
 from lora_engine.errors import ModelConfigError, NotFoundError
 
+ALL_VARIANTS = VARIANTS | MOE_VARIANTS
+ALL_ENCODERS = ENCODERS | OTHER_ENCODERS
 
-@pytest.mark.parametrize(("model_type", "facts"), VARIANTS.values(), ids=VARIANTS)
+
+@pytest.mark.parametrize(("model_type", "facts"), ALL_VARIANTS.values(), ids=ALL_VARIANTS)
 def test_shape_is_that_of_the_real_model(model_type, facts):
     assert_same(calc.shape_from_config(facts | {"model_type": model_type}, "test"), real_model(model_type, facts))
 
@@ -36,7 +41,7 @@ def test_encoder_variants_are_those_of_the_real_model(family, kind, more):
     assert_same(shape, model)
 
 
-@pytest.mark.parametrize(("family", "kind"), ENCODERS.values(), ids=ENCODERS)
+@pytest.mark.parametrize(("family", "kind"), ALL_ENCODERS.values(), ids=ALL_ENCODERS)
 def test_encoder_is_counted_as_the_class_its_config_names(family, kind):
     model, shape = encoder_and_shape(family, kind)
     assert_same(shape, model)
