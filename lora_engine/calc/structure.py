@@ -48,7 +48,7 @@ class OtherShape:
     name: str
     count: int
     num_parameters: int
-    kind: str  # "embedding" | "norm"
+    kind: str  # "embedding" | "norm" | "router" | "convolution" | "attention sink" | "bias"
     width: int
     per_layer: bool = False
     feeds: tuple[str, ...] = ()
@@ -80,7 +80,41 @@ class ExpertShape:
         return self.num_experts * (self.in_features * self.out_features + (self.out_features if self.has_bias else 0))
 
 
+@dataclass(frozen=True)
+class MoeShape:
+    """What the layers with experts have in common.
+
+    `router` is the name inside a layer of the map h -> `num_experts` that scores them. Each token passes
+    `experts_per_token` experts of `intermediate_size` and, where there is one, a shared expert of
+    `shared_intermediate_size` (0: none). The layers not in `layers` have an MLP of `dense_intermediate_size`
+    (0: there are none)."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int
+    dense_intermediate_size: int
+    router: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """DeepSeek's multi-head latent attention (DeepSeek-V2, 2024, section 2.1): keys and values of a token come
+    from `kv_lora_rank` values, queries from `q_lora_rank` (0: straight from the hidden state). A head's query
+    and key have `qk_nope_head_dim` + `qk_rope_head_dim` values, its value `v_head_dim`."""
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
 Part = LinearShape | OtherShape | ExpertShape
+
+# Model types that read in both directions and predict no next token.
+ENCODERS = frozenset({"bert", "deberta-v2", "distilbert", "modernbert", "roberta", "xlm-roberta"})
 
 
 @dataclass(frozen=True)
@@ -88,7 +122,9 @@ class ModelShape:
     """A model as counted. `architecture` is the transformers class whose parameters these are.
 
     Sizes are numbers of values; `linears`, `others` and `experts` hold every parameter exactly once, in the
-    model's order. The fields from `layer_path` on are what names and memory need."""
+    model's order. The fields from `layer_path` on are what names and memory need. `intermediate_size` is that of
+    the MLP most layers have: with experts, one expert's. `head_dim` is that of queries and keys. An
+    encoder-decoder has `num_layers` in its encoder."""
 
     name: str
     model_type: str
@@ -116,6 +152,8 @@ class ModelShape:
     softcap: bool = False  # scores and logits pass through a tanh, which scaled_dot_product_attention cannot do
     experts: tuple[ExpertShape, ...] = ()
     experts_per_token: int = 0
+    moe: MoeShape | None = None
+    latent: LatentAttention | None = None
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -158,7 +196,7 @@ class ModelShape:
     @property
     def is_decoder(self) -> bool:
         """Whether it predicts the next token (and so keeps a key-value cache when it generates)."""
-        return self.model_type not in ("bert", "roberta")
+        return self.model_type not in ENCODERS
 
     def layers_of(self, part: Part) -> tuple[int, ...]:
         """Indices of the layers that have `part`; none for one that stands outside."""
@@ -182,6 +220,6 @@ class ModelShape:
         for path in dict.fromkeys(linear.path or self.layer_path for linear in in_layer):
             here = [linear for linear in in_layer if (linear.path or self.layer_path) == path]
             holders = [(linear, set(self.layers_of(linear))) for linear in here]
-            for i in range(self.num_layers):
+            for i in range(1 + max(self.layers_of(linear)[-1] for linear in here)):
                 names += [f"{path}.{i}.{linear.name}" for linear, layers in holders if i in layers]
         return tuple(names + [linear.name for linear in self.linears[last + 1 :]])
