@@ -149,14 +149,18 @@ def _first_trained(shape: ModelShape, method: MethodConfig, selection: Selection
         return (0, frozenset({SCORES})) if method.prefix_length else none
     if isinstance(method, BottleneckConfig):
         return 0, frozenset({ATTENTION_OUT, MLP_OUT} if method.placement == "houlsby" else {MLP_OUT})
-    if selection is None or isinstance(method, HeadConfig):
+    if isinstance(method, HeadConfig):
         return none
+    if selection is None:
+        return 0, frozenset({QKV})  # what else there is trains something in every layer
     if selection.outer - _after_layers(shape):
         return 0, BELOW
     if selection.first_layer >= shape.num_layers:
         return none
     stages = _stages(shape)
-    return selection.first_layer, frozenset(stages[name] for name in _adapted_in(selection, selection.first_layer))
+    return selection.first_layer, frozenset(
+        stages.get(name, QKV) for name in _adapted_in(selection, selection.first_layer)
+    )
 
 
 def _adapted_in(selection: Selection | None, layer: int) -> frozenset[str]:
@@ -201,9 +205,9 @@ def _own_flops(
         # The first down-projection has nothing below it to pass a gradient to.
         return _Own(2 * weights, 4 * weights - (0 if trained == BELOW else one))
     if isinstance(method, PrefixConfig) and method.reparametrize and method.prefix_length:
-        # (prefix, h) times (h, encoder) times (encoder, layers * 2 * kv): Li and Liang 2021, section 4.3.
+        # In each layer (prefix, kv) times (kv, encoder) times (encoder, 2 * kv): Li and Liang 2021, section 4.3.
         encoder = method.encoder_hidden_size or shape.hidden_size
-        weights = encoder * (shape.hidden_size + 2 * shape.num_layers * shape.kv_width)
+        weights = shape.num_layers * encoder * 3 * shape.kv_width
         return _Own(forward_once=2 * method.prefix_length * weights, backward_once=4 * method.prefix_length * weights)
     if isinstance(method, HeadConfig):
         return _Own(

@@ -184,7 +184,8 @@ PUBLISHED: tuple[Published, ...] = (
         GIB,
         ACTIVE,
         FLAGS,
-        f"{TORCHTUNE} Compiled, and cross-entropy over eight chunks of the logits: we count them whole, in float32 (12.6 GB of ours).",
+        f"{TORCHTUNE} Compiled, and cross-entropy over eight chunks of the logits; we count them whole, in float32 "
+        "(12.6 GB of ours).",
     ),
 )
 

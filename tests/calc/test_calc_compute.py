@@ -190,10 +190,11 @@ def test_prefix_operations():
     method = PrefixConfig(prefix_length=length)
     measured = counted(model, past_key_values=cache, attention_mask=torch.ones(BATCH, length + LENGTH))
     assert calc.estimate_step_flops(shape, method, BATCH, LENGTH) == pytest.approx(measured, rel=0.005)
-    mlp = nn.Sequential(nn.Linear(96, 40), nn.Tanh(), nn.Linear(40, shape.num_layers * 2 * shape.kv_width))
-    embedding = torch.randn(length, 96, requires_grad=True)
+    layers, kv = shape.num_layers, shape.kv_width
+    mlp = nn.Sequential(nn.Linear(kv, 40), nn.Tanh(), nn.Linear(40, 2 * kv))
+    embedding = torch.randn(length, kv, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        mlp(embedding).sum().backward()
+        sum(mlp(embedding).sum() for _ in range(layers)).backward()
     through_mlp = PrefixConfig(prefix_length=length, reparametrize=True, encoder_hidden_size=40)
     more = calc.estimate_step_flops(shape, through_mlp, BATCH, LENGTH) - calc.estimate_step_flops(
         shape, method, BATCH, LENGTH
