@@ -113,6 +113,9 @@ METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
     config.method: config for config in (LoraConfig, FullConfig, HeadConfig, BottleneckConfig, PrefixConfig)
 }
 
+# Where a learning rate is not given. Few weights, or weights far from the residual stream, want larger steps.
+DEFAULT_LRS = {"full": 3e-4, "lora": 3e-3, "head": 1e-3, "bottleneck": 3e-3, "prefix": 1e-2}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

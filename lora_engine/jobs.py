@@ -21,7 +21,7 @@ from lora_engine.data import (
 )
 from lora_engine.errors import ConfigError, DataError
 from lora_engine.methods import inject, lora, trainable_parameters
-from lora_engine.training.base import autocast_of, load_base, resolve_device, resolve_model
+from lora_engine.training.base import autocast_of, check_context, load_base, resolve_device, resolve_model
 from lora_engine.training.batches import evaluation_batches
 from lora_engine.training.generate import generate_text
 from lora_engine.training.loop import Callbacks, LoopState, train
@@ -79,6 +79,7 @@ def execute_run(
     total = sum(p.numel() for p in model.parameters())
     before = generate_text(model, tokenizer, prompt_ids, max_new_tokens=SAMPLE_TOKENS)
     model = inject(model, config.method, seed=config.train.seed)
+    check_context(model, config.train)  # a prefix takes places of its own
     trainable = sum(p.numel() for p in trainable_parameters(model))
 
     note("training")
@@ -139,10 +140,11 @@ def generate_from_run(
     if not is_lora and scale not in (0.0, 1.0):
         raise ConfigError("scale", scale, f"0 or 1 for method {config.method.method}")
     base_folder = resolve_model(config.model)
-    use_base = is_lora or scale == 0.0
-    model = load_base(base_folder if use_base else folder / ADAPTER, config.train, device)
+    whole = export.is_whole_model(config.method)
+    model = load_base(folder / ADAPTER if whole and scale else base_folder, config.train, device)
+    if scale and not whole:
+        export.load_trained(model, config.method, folder / ADAPTER)
     if is_lora:
-        export.load_adapter(model, folder / ADAPTER)
         lora.set_scale(model, scale)
     tokenizer = load_tokenizer(base_folder)
     data = config.data

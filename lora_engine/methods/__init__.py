@@ -50,6 +50,12 @@ def state_dict(model: nn.Module, config: MethodConfig) -> dict[str, Tensor]:
 def load_state_dict(model: nn.Module, config: MethodConfig, state: dict[str, Tensor]) -> None:
     """Inverse of `state_dict` on a model that `config` was injected into. Raises KeyError when a name is missing."""
     METHODS[config.method].load_state_dict(model, state)
+    load_task_head(model, state)
+
+
+@torch.no_grad()
+def load_task_head(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy a classifier's task head out of `state`. Raises KeyError when a name is missing."""
     for name, p in task_head_parameters(model):
         p.copy_(state[name])
 

@@ -1,7 +1,10 @@
 """Adapter layers (Houlsby et al. 2019; Pfeiffer et al. 2021): a small network after each sublayer's last map.
 
-    h = base(x);  h + W_up f(W_down h + b_down) + b_up        h (..., hidden), W_down (m, hidden), W_up (hidden, m)
+h = base(x);  h + W_up f(W_down h + b_down) + b_up        h (..., hidden), W_down (m, hidden), W_up (hidden, m)
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from lora_engine.config import BottleneckConfig
 from lora_engine.errors import NotMergeableError
 from lora_engine.methods.places import ATTENTION_OUTPUTS, MLP_OUTPUTS, replace_module, sublayer_outputs
 
-_ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}
 
 
 class BottleneckLayer(nn.Module):
@@ -20,7 +23,9 @@ class BottleneckLayer(nn.Module):
     W_up and both biases start at zero, so training starts from the base model bit for bit; W_down is Gaussian.
     The adapter is float32 whatever the base; products run in the dtype of the activations."""
 
-    def __init__(self, base_layer: nn.Module, config: BottleneckConfig, hidden_size: int, *, name: str, seed: int) -> None:
+    def __init__(
+        self, base_layer: nn.Module, config: BottleneckConfig, hidden_size: int, *, name: str, seed: int
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         width = max(1, hidden_size // config.reduction_factor)
@@ -47,7 +52,11 @@ def inject(model: nn.Module, config: BottleneckConfig, *, seed: int = 0) -> nn.M
     """Freeze `model` and put adapter layers into it, in place. Raises TargetError for an unknown architecture."""
     names = sublayer_outputs(model, MLP_OUTPUTS, "MLP")
     if config.placement == "houlsby":
-        names = [name for pair in zip(sublayer_outputs(model, ATTENTION_OUTPUTS, "attention"), names, strict=True) for name in pair]
+        names = [
+            name
+            for pair in zip(sublayer_outputs(model, ATTENTION_OUTPUTS, "attention"), names, strict=True)
+            for name in pair
+        ]
     model.requires_grad_(False)
     for name in names:
         base_layer = model.get_submodule(name)
@@ -56,9 +65,9 @@ def inject(model: nn.Module, config: BottleneckConfig, *, seed: int = 0) -> nn.M
     return model
 
 
-def _width(layer: nn.Module) -> int:
+def _width(layer: Any) -> int:
     """Values that a Linear (out, in) or GPT-2's Conv1D (in, out) returns."""
-    return layer.out_features if isinstance(layer, nn.Linear) else int(layer.weight.shape[1])  # type: ignore[union-attr,index]
+    return layer.out_features if isinstance(layer, nn.Linear) else int(layer.weight.shape[1])
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -54,7 +54,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     Raises TargetError where a model computes its attention by itself."""
     found = []
     for _, layer in transformer_layers(model):
-        attention = next((m for m in layer.modules() if "Attention" in type(m).__name__ and hasattr(m, "is_causal")), None)
+        attention = next(
+            (m for m in layer.modules() if "Attention" in type(m).__name__ and hasattr(m, "is_causal")), None
+        )
         if attention is None or not getattr(model, "_supports_attention_backend", False):
             raise TargetError(
                 f"model is a {type(model).__name__}, whose attention takes no key-value prefix; "

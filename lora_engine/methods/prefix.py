@@ -25,7 +25,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from lora_engine import core
 from lora_engine.config import PrefixConfig
 from lora_engine.errors import NotMergeableError, TargetError
-from lora_engine.methods.places import attention_modules, text_config
+from lora_engine.methods.places import attention_modules, text_config, transformer_layers
 
 STATE_KEY = "prompt_embeddings"  # PEFT's name for what it saves: (prefix_length, layers * 2 * kv_width)
 
@@ -34,7 +34,9 @@ class PrefixEncoder(nn.Module):
     """Gives the keys and values of all layers, (prefix_length, layers * 2 * kv_width): trained as they are, or by
     an MLP (section 4.3; laid out as PEFT's PrefixEncoder)."""
 
-    def __init__(self, config: PrefixConfig, num_layers: int, kv_heads: int, head_dim: int, hidden_size: int, seed: int):
+    def __init__(
+        self, config: PrefixConfig, num_layers: int, kv_heads: int, head_dim: int, hidden_size: int, seed: int
+    ):
         super().__init__()
         self.prefix_length, self.num_layers = config.prefix_length, num_layers
         self.kv_heads, self.head_dim = kv_heads, head_dim
@@ -51,7 +53,7 @@ class PrefixEncoder(nn.Module):
             for name, layer in (("first", self.transform[0]), ("last", self.transform[2])):
                 weight: Any = layer.weight
                 weight.copy_(torch.from_numpy(core.init_A(*weight.shape, seed=seed, name=name)))
-                layer.bias.zero_()  # type: ignore[operator, union-attr]
+                layer.bias.zero_()  # type: ignore[operator]
 
     def prompt_embeddings(self) -> Tensor:
         prefix: Tensor = self.embedding if self.transform is None else self.transform(self.embedding)
@@ -90,7 +92,9 @@ class _LayerPrefix:
 
 def _gaussian(rows: int, columns: int, seed: int, name: str) -> Tensor:
     """N(0, 1 / columns) as `core.init_A`, for a prefix of any length."""
-    return torch.from_numpy(core.init_A(rows, columns, seed=seed, name=name) if rows else np.zeros((0, columns), "float32"))
+    return torch.from_numpy(
+        core.init_A(rows, columns, seed=seed, name=name) if rows else np.zeros((0, columns), "float32")
+    )
 
 
 def prefixed_attention(
@@ -155,16 +159,16 @@ def inject(model: Any, config: PrefixConfig, *, seed: int = 0) -> nn.Module:
             attention.prefix = _LayerPrefix(encoder, layer, kind)  # type: ignore[assignment]
         model.set_attn_implementation(f"prefix_{kind}")
         if causal:
-            model.base_model.register_forward_pre_hook(
-                partial(_shift_positions, config.prefix_length), with_kwargs=True
-            )
+            # The module around the layers: OPT's language model calls its decoder, past its base model.
+            around = model.get_submodule(transformer_layers(model)[0][0].rsplit(".", 2)[0])
+            around.register_forward_pre_hook(partial(_shift_positions, config.prefix_length), with_kwargs=True)
     injected: nn.Module = model
     return injected
 
 
-def _shift_positions(num: int, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _shift_positions(num: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The tokens' positions count from the end of the prefix."""
-    signature = inspect.signature(backbone.forward)
+    signature = inspect.signature(module.forward)
     if "position_ids" not in signature.parameters:  # relative distances only: nothing to shift
         return None
     given = signature.bind_partial(*args, **kwargs).arguments

@@ -102,11 +102,16 @@ def load_base(folder: Path, train: TrainConfig, device: torch.device) -> Any:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelLoadError(f"model is {folder.name!r}; transformers could not load it: {reason}") from error
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and train.max_length > context:
-        raise ConfigError("max_length", train.max_length, f"at most {context}, the context of this model")
+    check_context(model, train)
     if train.checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # A frozen embedding gives checkpointed layers no input that needs a gradient.
         model.enable_input_require_grads()
     return model.to(device)
+
+
+def check_context(model: Any, train: TrainConfig) -> None:
+    """Raises ConfigError when sequences of `train` do not fit into the model's context, as it is now."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and train.max_length > context:
+        raise ConfigError("max_length", train.max_length, f"at most {context}, the context of this model")
