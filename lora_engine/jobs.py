@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora_engine import export
-from lora_engine.config import DataConfig, LoraConfig, RunConfig, run_config_from_dict
+from lora_engine.config import DataConfig, LoraConfig, RunConfig, run_config_from_dict, to_dict
 from lora_engine.data import (
     IGNORED,
     Dataset,
@@ -81,6 +81,8 @@ def execute_run(
     model = inject(model, config.method, seed=config.train.seed)
     check_context(model, config.train)  # a prefix takes places of its own
     trainable = sum(p.numel() for p in trainable_parameters(model))
+    if not trainable:
+        raise ConfigError("method", to_dict(config.method), "a method with at least one parameter to train")
 
     note("training")
     state = train(

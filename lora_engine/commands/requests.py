@@ -14,6 +14,7 @@ from lora_engine.config import (
     DataConfig,
     FullConfig,
     HeadConfig,
+    IA3Config,
     LoraConfig,
     MethodConfig,
     PrefixConfig,
@@ -49,6 +50,7 @@ def method_of(arguments: argparse.Namespace) -> MethodConfig:
             reparametrize=arguments.reparametrize,
             encoder_hidden_size=arguments.encoder_hidden,
         ),
+        "ia3": IA3Config,
     }
     return builders[arguments.method]()
 

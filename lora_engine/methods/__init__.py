@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.config import MethodConfig
-from lora_engine.methods import bottleneck, full, head, lora, prefix
+from lora_engine.methods import bottleneck, full, head, ia3, lora, prefix
 from lora_engine.methods.places import replace_module, task_head_names, task_head_parameters, train_module
 
 METHODS: dict[str, ModuleType] = {
@@ -25,6 +25,7 @@ METHODS: dict[str, ModuleType] = {
     "head": head,
     "bottleneck": bottleneck,
     "prefix": prefix,
+    "ia3": ia3,
 }
 
 

@@ -153,7 +153,8 @@ def inject(model: Any, config: PrefixConfig, *, seed: int = 0) -> nn.Module:
         text.max_position_embeddings = context - config.prefix_length
     model.requires_grad_(False)
     encoder = PrefixEncoder(config, len(attentions), kv_heads, head_dim, text.hidden_size, seed)
-    model.prefix_encoder = encoder.to(next(model.parameters()).device)
+    # Inside the pretrained part: what stands beside it in a classifier is its task head.
+    model.base_model.prefix_encoder = encoder.to(next(model.parameters()).device)
     if config.prefix_length:
         for layer, attention in enumerate(attentions):
             attention.prefix = _LayerPrefix(encoder, layer, kind)  # type: ignore[assignment]
@@ -183,16 +184,19 @@ def _shift_positions(num: int, module: Any, args: tuple[Any, ...], kwargs: dict[
     return (), given | {"position_ids": positions + num}
 
 
+def _encoder(model: Any) -> PrefixEncoder:
+    encoder: PrefixEncoder = model.base_model.prefix_encoder
+    return encoder
+
+
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """`prompt_embeddings` as PEFT saves it: the keys and values themselves, without the MLP."""
-    encoder: Any = model.prefix_encoder
-    return {STATE_KEY: encoder.prompt_embeddings().detach()}
+    return {STATE_KEY: _encoder(model).prompt_embeddings().detach()}
 
 
 def load_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Take the prefix in `state`; a reparametrisation is dropped. Raises KeyError when it does not fit."""
-    encoder: Any = model.prefix_encoder
-    encoder.set_plain(state[STATE_KEY])
+    _encoder(model).set_plain(state[STATE_KEY])
 
 
 def merge(model: nn.Module) -> None:  # noqa: ARG001
