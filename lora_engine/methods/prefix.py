@@ -11,11 +11,11 @@ cache, with padding masks, and under gradient checkpointing, which drops caches.
 """
 
 import inspect
+import math
 import sys
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -28,6 +28,9 @@ from lora_engine.errors import NotMergeableError, TargetError
 from lora_engine.methods.places import attention_modules, text_config, transformer_layers
 
 STATE_KEY = "prompt_embeddings"  # PEFT's name for what it saves: (prefix_length, layers * 2 * kv_width)
+
+# Small against the keys and values of real tokens (about 3 in our base): the start is close to the base model.
+PLAIN_STD = 0.1
 
 
 class PrefixEncoder(nn.Module):
@@ -44,10 +47,10 @@ class PrefixEncoder(nn.Module):
         wide = num_layers * 2 * kv_width
         self.transform: nn.Sequential | None = None
         if not config.reparametrize:
-            self.embedding = nn.Parameter(_gaussian(config.prefix_length, wide, seed, "embedding"))
+            self.embedding = nn.Parameter(_gaussian(config.prefix_length, wide, PLAIN_STD, seed))
             return
         inner = config.encoder_hidden_size or hidden_size
-        self.embedding = nn.Parameter(_gaussian(config.prefix_length, kv_width, seed, "embedding"))
+        self.embedding = nn.Parameter(_gaussian(config.prefix_length, kv_width, 1.0, seed))
         self.transform = nn.Sequential(nn.Linear(kv_width, inner), nn.Tanh(), nn.Linear(inner, wide))
         with torch.no_grad():
             for name, layer in (("first", self.transform[0]), ("last", self.transform[2])):
@@ -90,11 +93,11 @@ class _LayerPrefix:
         self.encoder, self.layer, self.attention = encoder, layer, attention
 
 
-def _gaussian(rows: int, columns: int, seed: int, name: str) -> Tensor:
-    """N(0, 1 / columns) as `core.init_A`, for a prefix of any length."""
-    return torch.from_numpy(
-        core.init_A(rows, columns, seed=seed, name=name) if rows else np.zeros((0, columns), "float32")
-    )
+def _gaussian(rows: int, columns: int, std: float, seed: int) -> Tensor:
+    """N(0, std^2), (rows, columns), drawn as `core.init_A` draws."""
+    if not rows:
+        return torch.zeros(0, columns)
+    return torch.from_numpy(core.init_A(rows, columns, seed=seed, name="prefix")) * (std * math.sqrt(columns))
 
 
 def prefixed_attention(

@@ -15,15 +15,22 @@ from lora_engine.data import IGNORED, Encoded
 class Batch:
     """input_ids and labels (sequences, length); labels are -100 where nothing is trained.
 
-    Rows are padded on the right, where causal attention never looks, so no attention mask is needed."""
+    Rows are padded on the right, where causal attention never looks, so no attention mask is needed. For a classifier,
+    labels (sequences,) hold one class each, and attention_mask (sequences, length) is 0 on the padding, where an
+    encoder would look."""
 
     input_ids: Tensor
     labels: Tensor
     num_tokens: int
+    attention_mask: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return len(self.labels) if self.is_classes else int((self.labels[:, 1:] != IGNORED).sum())
+
+    @property
+    def is_classes(self) -> bool:
+        return self.labels.ndim == 1
 
 
 def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:
@@ -31,11 +38,18 @@ def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> Ba
     longest = max(len(row.input_ids) for row in rows)
     length = -(-longest // 8) * 8
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    num_tokens = sum(len(row.input_ids) for row in rows)
+    if rows[0].label is not None:
+        mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
+            mask[i, : len(row.input_ids)] = 1
+        classes = torch.tensor([row.label for row in rows])
+        return Batch(input_ids.to(device), classes.to(device), num_tokens, mask.to(device))
     labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
     for i, row in enumerate(rows):
         input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
         labels[i, : len(row.labels)] = torch.as_tensor(row.labels)
-    num_tokens = sum(len(row.input_ids) for row in rows)
     return Batch(input_ids.to(device), labels.to(device), num_tokens)
 
 
