@@ -12,13 +12,15 @@ from typing import Any, NoReturn
 
 from lora_engine import __version__
 from lora_engine.commands import find_command
-from lora_engine.config import DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS
+from lora_engine.config import DEFAULT_LRS, DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS
 from lora_engine.errors import ConfigError, InputError, LoraExplorerError
 
 # What the engine calls an argument, and what the command line calls it.
 FLAGS = {
     "lora_alpha": "alpha", "lora_alphas": "alpha", "rs": "r", "lrs": "lr", "max_length": "seq", "seq_length": "seq",
-    "batch_size": "batch", "target_modules": "targets", "hidden_size": "hidden", "num_layers": "layers",
+    "batch_size": "batch", "encoder_hidden_size": "encoder-hidden", "prefix_length": "prefix-length",
+    "reduction_factor": "reduction-factor", "target_modules": "targets",
+    "hidden_size": "hidden", "num_layers": "layers",
 }  # fmt: skip
 
 
@@ -63,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--targets", default="all-linear", help="attention, mlp, all-linear, names separated by commas, or a regex"
     )
     method.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    method.add_argument("--dora", action="store_true", help="LoRA with trained magnitudes")
+    method.add_argument("--reduction-factor", type=int, default=16, help="bottleneck: hidden size / inner width")
+    method.add_argument("--placement", default="houlsby", choices=("houlsby", "pfeiffer"), help="bottleneck: where")
+    method.add_argument("--activation", default="gelu", choices=("gelu", "relu"), help="bottleneck: nonlinearity")
+    method.add_argument("--prefix-length", type=int, default=16, help="prefix: trained key-value pairs a layer")
+    method.add_argument("--reparametrize", action="store_true", help="prefix: train through an MLP, dropped afterwards")
+    method.add_argument("--encoder-hidden", type=int, default=0, help="prefix: width of that MLP (0: hidden size)")
 
     loop = _Parser(add_help=False)
     loop.add_argument("--data", required=True, help="a .txt .md .csv .tsv .json .jsonl or .parquet file")
@@ -81,7 +90,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = add("count", "count trainable parameters", method)
     sub.add_argument("model", nargs="?", default="embedded")
-    sub.add_argument("--dora", action="store_true", help="count DoRA's magnitudes too")
 
     sub = add("memory", "estimate memory for training and inference", method)
     sub.add_argument("model", nargs="?", default="embedded")
@@ -97,9 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="embedded")
     sub.add_argument("--seq", type=int, default=128)
 
+    default_lrs = ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LRS.items())
     sub = add("train", "fine-tune once", method, loop)
     sub.add_argument("model", nargs="?", default="embedded")
-    sub.add_argument("--lr", type=float, help="learning rate (default: 3e-3, full fine-tuning 3e-4)")
+    sub.add_argument("--lr", type=float, help=f"learning rate (default: {default_lrs})")
     sub.add_argument("--seed", type=int, default=0)
 
     sub = add("sweep", "train a grid of r, alpha, learning rate and seed", loop)

@@ -189,11 +189,21 @@ class PrefixConfig:
         _check_int("encoder_hidden_size", self.encoder_hidden_size, 0, 65536)
 
 
-MethodConfig = LoraConfig | FullConfig | HeadConfig | BottleneckConfig | PrefixConfig
+@dataclass(frozen=True, kw_only=True)
+class IA3Config:
+    """(IA)^3 (Liu et al. 2022, section 3.3): learned scales on keys, values and the inner activations of the MLP."""
+
+    method: ClassVar[str] = "ia3"
+
+
+MethodConfig = LoraConfig | FullConfig | HeadConfig | BottleneckConfig | PrefixConfig | IA3Config
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
-    config.method: config for config in (LoraConfig, FullConfig, HeadConfig, BottleneckConfig, PrefixConfig)
+    config.method: config for config in (LoraConfig, FullConfig, HeadConfig, BottleneckConfig, PrefixConfig, IA3Config)
 }
+
+# Where a learning rate is not given. Few weights, or weights far from the residual stream, want larger steps.
+DEFAULT_LRS = {"full": 3e-4, "lora": 3e-3, "head": 1e-3, "bottleneck": 3e-3, "prefix": 1e-2, "ia3": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)

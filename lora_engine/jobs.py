@@ -1,31 +1,34 @@
 """Whole jobs, put together from the floors below: a run from its config to its files, and text from a finished run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_engine import export
-from lora_engine.config import DataConfig, LoraConfig, RunConfig, run_config_from_dict
+from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig, run_config_from_dict, to_dict
 from lora_engine.data import (
     IGNORED,
     Dataset,
     Encoded,
     TextTokenizer,
+    class_names,
+    encode_classes,
     encode_examples,
     encode_prompt,
+    encode_text,
     load_tokenizer,
     read_dataset,
     split_examples,
 )
 from lora_engine.errors import ConfigError, DataError
 from lora_engine.methods import inject, lora, trainable_parameters
-from lora_engine.training.base import autocast_of, load_base, resolve_device, resolve_model
+from lora_engine.training.base import autocast_of, check_context, load_base, resolve_device, resolve_model
 from lora_engine.training.batches import evaluation_batches
 from lora_engine.training.generate import generate_text
 from lora_engine.training.loop import Callbacks, LoopState, train
-from lora_engine.training.loss import evaluate
+from lora_engine.training.loss import accuracy, confusion_matrix, evaluate, macro_f1
 
 CHECKPOINT = "checkpoint.safetensors"
 ADAPTER = "adapter"
@@ -38,7 +41,13 @@ def load_rows(
     """(dataset, train rows, evaluation rows). Raises DataError when a side trains on nothing."""
     dataset = read_dataset(data.path, task=data.task, columns=data.columns, encoding=data.encoding)
     sides = split_examples(dataset.examples, data.eval_share, data.split_seed)
-    train_rows, eval_rows = (encode_examples(side, tokenizer, max_length) for side in sides)
+    classes = class_names(dataset)
+    train_rows, eval_rows = (
+        encode_classes(side, classes, tokenizer, max_length)
+        if classes
+        else encode_examples(side, tokenizer, max_length)
+        for side in sides
+    )
     if not train_rows or not eval_rows:
         raise DataError(
             f"max_length is {max_length}; no row keeps a trained token within it: "
@@ -48,10 +57,12 @@ def load_rows(
 
 
 def sample_prompt(config: RunConfig, dataset: Dataset, eval_rows: list[Encoded], tokenizer: TextTokenizer) -> list[int]:
-    """Token ids that the before/after sample continues."""
+    """Token ids that the before/after sample continues, or labels."""
+    row = eval_rows[0]
+    if row.label is not None:
+        return encode_text(config.prompt, tokenizer, config.train.max_length)[0] if config.prompt else row.input_ids
     if config.prompt:
         return encode_prompt(config.prompt, tokenizer, dataset.task)
-    row = eval_rows[0]
     first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
     return row.input_ids[: first or min(24, len(row.input_ids) // 2)]
 
@@ -72,14 +83,23 @@ def execute_run(
     base_folder = resolve_model(config.model)
     tokenizer = load_tokenizer(base_folder)
     dataset, train_rows, eval_rows = load_rows(config.data, tokenizer, config.train.max_length)
+    classes = class_names(dataset)
     prompt_ids = sample_prompt(config, dataset, eval_rows, tokenizer)
 
+    def answer() -> str:
+        if classes:
+            return classify(model, prompt_ids, classes)
+        return generate_text(model, tokenizer, prompt_ids, max_new_tokens=SAMPLE_TOKENS)
+
     note("loading the base model")
-    model = load_base(base_folder, config.train, device)
+    model = load_base(base_folder, config.train, device, classes=classes, pad_id=tokenizer.pad_id)
     total = sum(p.numel() for p in model.parameters())
-    before = generate_text(model, tokenizer, prompt_ids, max_new_tokens=SAMPLE_TOKENS)
+    before = answer()
     model = inject(model, config.method, seed=config.train.seed)
+    check_context(model, config.train)  # a prefix takes places of its own
     trainable = sum(p.numel() for p in trainable_parameters(model))
+    if not trainable:
+        raise ConfigError("method", to_dict(config.method), "a method with at least one parameter to train")
 
     note("training")
     state = train(
@@ -95,7 +115,7 @@ def execute_run(
         return state, {}
 
     note("writing a sample and the adapter")
-    after = generate_text(model, tokenizer, prompt_ids, max_new_tokens=SAMPLE_TOKENS)
+    after = answer()
     adapter_bytes = export.save_trained(
         model, config.method, base_model=config.model, base_folder=base_folder, out=folder / ADAPTER
     )
@@ -105,6 +125,7 @@ def execute_run(
         "total_parameters": total,
         "eval_loss_before": state.eval_loss_before,
         "eval_loss_after": state.eval_loss_after,
+        **class_figures(model, eval_rows, classes, config.train, tokenizer.pad_id),
         "steps": state.step,
         "seconds": state.seconds,
         "step_seconds": state.seconds / max(1, state.step),
@@ -119,6 +140,34 @@ def execute_run(
     }
 
 
+def class_figures(
+    model: Any, eval_rows: list[Encoded], classes: tuple[str, ...], train: TrainConfig, pad_id: int
+) -> dict[str, Any]:
+    """`eval_accuracy, eval_macro_f1, classes, confusion_matrix` over the rows of the evaluation loss; nothing without
+    classes."""
+    if not classes:
+        return {}
+    device = next(model.parameters()).device
+    with autocast_of(train, device):
+        matrix = confusion_matrix(model, evaluation_batches(eval_rows, train, pad_id, device), len(classes))
+    return {
+        "eval_accuracy": accuracy(matrix),
+        "eval_macro_f1": macro_f1(matrix),
+        "classes": list(classes),
+        "confusion_matrix": matrix,
+    }
+
+
+@torch.no_grad()
+def classify(model: Any, ids: list[int], classes: Sequence[str]) -> str:
+    """The class that `model` gives the text `ids`."""
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits
+    model.train(was_training)
+    return classes[int(logits[0].argmax())]
+
+
 def generate_from_run(
     config_dict: dict[str, Any],
     folder: Path,
@@ -130,7 +179,8 @@ def generate_from_run(
     seed: int = 0,
     with_eval: bool = False,
 ) -> dict[str, Any]:
-    """`text, scale`, and `eval_loss` on the run's own evaluation rows when asked for.
+    """`text, scale`, and `eval_loss` on the run's own evaluation rows when asked for. A classifier's text is the label
+    it gives to `prompt`, and `eval_accuracy` and `eval_macro_f1` come with its loss.
 
     Raises ConfigError for a scale other than 0 or 1 on a method that has no update to scale."""
     config = run_config_from_dict(config_dict)
@@ -139,26 +189,39 @@ def generate_from_run(
     if not is_lora and scale not in (0.0, 1.0):
         raise ConfigError("scale", scale, f"0 or 1 for method {config.method.method}")
     base_folder = resolve_model(config.model)
-    use_base = is_lora or scale == 0.0
-    model = load_base(base_folder if use_base else folder / ADAPTER, config.train, device)
-    if is_lora:
-        export.load_adapter(model, folder / ADAPTER)
-        lora.set_scale(model, scale)
     tokenizer = load_tokenizer(base_folder)
     data = config.data
-    task = data.task or read_dataset(data.path, columns=data.columns, encoding=data.encoding).task
-    text = generate_text(
-        model,
-        tokenizer,
-        encode_prompt(prompt, tokenizer, task),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+    dataset = read_dataset(data.path, task=data.task, columns=data.columns, encoding=data.encoding)
+    classes = class_names(dataset)
+    whole = export.is_whole_model(config.method)
+    model = load_base(
+        folder / ADAPTER if whole and scale else base_folder,
+        config.train,
+        device,
+        classes=classes,
+        pad_id=tokenizer.pad_id,
     )
+    if (scale or is_lora) and not whole:
+        export.load_trained(model, config.method, folder / ADAPTER)
+    if is_lora:
+        lora.set_scale(model, scale)
+    if classes:
+        text = classify(model, encode_text(prompt, tokenizer, config.train.max_length)[0], classes)
+    else:
+        text = generate_text(
+            model,
+            tokenizer,
+            encode_prompt(prompt, tokenizer, dataset.task),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
     payload: dict[str, Any] = {"text": text, "scale": scale}
     if with_eval:
         _, _, rows = load_rows(config.data, tokenizer, config.train.max_length)
         batches = evaluation_batches(rows, config.train, tokenizer.pad_id, device)
         with autocast_of(config.train, device):
             payload["eval_loss"] = evaluate(model, batches)
+        figures = class_figures(model, rows, classes, config.train, tokenizer.pad_id)
+        payload |= {key: figures[key] for key in ("eval_accuracy", "eval_macro_f1") if figures}
     return payload

@@ -49,7 +49,8 @@ def runs_table(records: Sequence[RunRecord]) -> str:
 def run_payload(record: RunRecord) -> dict[str, Any]:
     result = record.result or {}
     keys = (
-        "trainable_parameters", "total_parameters", "eval_loss_before", "eval_loss_after", "seconds",
+        "trainable_parameters", "total_parameters", "eval_loss_before", "eval_loss_after", "eval_accuracy",
+        "eval_macro_f1", "seconds",
         "tokens_per_second", "peak_bytes", "peak_kind", "adapter_bytes", "device",
     )  # fmt: skip
     return {

@@ -2,13 +2,24 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lora_engine.assets_path import asset_path
 from lora_engine.calc import parse_targets
 from lora_engine.calc.predict import RowFacts, row_facts
-from lora_engine.config import DataConfig, FullConfig, LoraConfig, MethodConfig, TrainConfig
+from lora_engine.config import (
+    BottleneckConfig,
+    DataConfig,
+    FullConfig,
+    HeadConfig,
+    IA3Config,
+    LoraConfig,
+    MethodConfig,
+    PrefixConfig,
+    TrainConfig,
+)
 from lora_engine.data import check_dataset, load_tokenizer
 from lora_engine.errors import InputError
 from lora_engine.runs import Ledger, store_upload
@@ -18,15 +29,30 @@ Output = tuple[dict[str, Any] | None, str]
 
 
 def method_of(arguments: argparse.Namespace) -> MethodConfig:
-    if arguments.method == "full":
-        return FullConfig()
-    return LoraConfig(
-        r=arguments.r,
-        lora_alpha=arguments.alpha if arguments.alpha is not None else 2.0 * arguments.r,
-        target_modules=parse_targets(arguments.targets),
-        use_rslora=arguments.rslora,
-        use_dora=getattr(arguments, "dora", False),
-    )
+    """The config of --method, from the flags that belong to it."""
+    builders: dict[str, Callable[[], MethodConfig]] = {
+        "lora": lambda: LoraConfig(
+            r=arguments.r,
+            lora_alpha=arguments.alpha if arguments.alpha is not None else 2.0 * arguments.r,
+            target_modules=parse_targets(arguments.targets),
+            use_rslora=arguments.rslora,
+            use_dora=arguments.dora,
+        ),
+        "full": FullConfig,
+        "head": HeadConfig,
+        "bottleneck": lambda: BottleneckConfig(
+            reduction_factor=arguments.reduction_factor,
+            placement=arguments.placement,
+            activation=arguments.activation,
+        ),
+        "prefix": lambda: PrefixConfig(
+            prefix_length=arguments.prefix_length,
+            reparametrize=arguments.reparametrize,
+            encoder_hidden_size=arguments.encoder_hidden,
+        ),
+        "ia3": IA3Config,
+    }
+    return builders[arguments.method]()
 
 
 def loop_of(arguments: argparse.Namespace, *, lr: float, seed: int) -> TrainConfig:

@@ -66,9 +66,11 @@ class Dataset:
 class Encoded:
     """Token ids of one sequence and its labels, -100 where nothing is trained.
 
-    Both lists have the same length, at most `max_length`. `truncated`: a tail was cut off."""
+    Both lists have the same length, at most `max_length`. `truncated`: a tail was cut off. A text for a classifier has
+    the number of its class in `label`, and no `labels`."""
 
     row: int
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    label: int | None = None

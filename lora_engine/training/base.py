@@ -1,19 +1,25 @@
 """Base models: found, checked, loaded. Safetensors only, never remote code."""
 
 import contextlib
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from lora_engine.assets_path import asset_path
 from lora_engine.config import TrainConfig
 from lora_engine.errors import ConfigError, ModelLoadError
 
+_ENCODERS = {
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta",
+    "xlm-roberta",
+}  # fmt: skip
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
@@ -89,22 +95,40 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_base(folder: Path, train: TrainConfig, device: torch.device) -> Any:
-    """The causal language model in `folder`, on `device`, in the dtype of `train.precision`.
+def load_base(
+    folder: Path, train: TrainConfig, device: torch.device, *, classes: Sequence[str] = (), pad_id: int | None = None
+) -> Any:
+    """The causal language model in `folder`, on `device`, in the dtype of `train.precision`; with `classes`, a
+    classifier on it: any encoder or decoder with a new head, the same for the same `train.seed`.
 
     Raises ModelLoadError when transformers cannot load it, ConfigError when its context is too short."""
     transformers_logging.disable_progress_bar()
     plan = PRECISION_PLANS[train.precision]
+    kind: Any = AutoModelForCausalLM
+    more: dict[str, Any] = {}
+    if classes:
+        kind = AutoModelForSequenceClassification
+        # A decoder's head reads the last token that is no padding, so the model has to know it.
+        more = {
+            "num_labels": len(classes),
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: i for i, name in enumerate(classes)},
+            "pad_token_id": pad_id,
+            "ignore_mismatched_sizes": True,  # a head for other classes makes way
+        }
+    elif _model_type(folder) in _ENCODERS:
+        raise ModelLoadError(
+            f"model is {folder.name!r}, an encoder, which writes no text; allowed with it: data of texts and labels."
+        )
+    torch.manual_seed(train.seed)  # the new head's
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=plan.weights, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        model: Any = kind.from_pretrained(
+            folder, dtype=plan.weights, use_safetensors=True, trust_remote_code=False, local_files_only=True, **more
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelLoadError(f"model is {folder.name!r}; transformers could not load it: {reason}") from error
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and train.max_length > context:
-        raise ConfigError("max_length", train.max_length, f"at most {context}, the context of this model")
+    check_context(model, train)
     prepare_model(model, train)
     return model.to(device)
 
@@ -120,3 +144,17 @@ def prepare_model(model: Any, train: TrainConfig) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # A frozen embedding gives checkpointed layers no input that needs a gradient.
         model.enable_input_require_grads()
+
+
+def check_context(model: Any, train: TrainConfig) -> None:
+    """Raises ConfigError when sequences of `train` do not fit into the model's context, as it is now."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and train.max_length > context:
+        raise ConfigError("max_length", train.max_length, f"at most {context}, the context of this model")
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("model_type", ""))
+    except (OSError, ValueError, AttributeError):  # transformers will say what is wrong with it
+        return ""

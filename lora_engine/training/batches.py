@@ -18,12 +18,14 @@ class Batch:
 
     Positions are found where the rows are made, on the host: a mask on the device would make every step wait for
     the number of its labels. Rows are padded on the right, where causal attention never looks, so no attention mask
-    is needed."""
+    is needed. For a classifier `positions` is None, `targets` (sequences,) holds one class each, and attention_mask
+    (sequences, length) is 0 on the padding, where an encoder would look."""
 
     input_ids: Tensor
-    positions: Tensor
+    positions: Tensor | None
     targets: Tensor
     num_tokens: int
+    attention_mask: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -35,11 +37,19 @@ def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> Ba
     longest = max(len(row.input_ids) for row in rows)
     length = -(-longest // 8) * 8
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    num_tokens = sum(len(row.input_ids) for row in rows)
+    if rows[0].label is not None:
+        mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
+            mask[i, : len(row.input_ids)] = 1
+        classes = torch.tensor([row.label for row in rows])
+        return Batch(input_ids.to(device), None, classes.to(device), num_tokens, mask.to(device))
     labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
     for i, row in enumerate(rows):
         input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
         labels[i, : len(row.labels)] = torch.as_tensor(row.labels)
-    return label_batch(input_ids, labels, device, num_tokens=sum(len(row.input_ids) for row in rows))
+    return label_batch(input_ids, labels, device, num_tokens=num_tokens)
 
 
 def label_batch(input_ids: Tensor, labels: Tensor, device: torch.device, *, num_tokens: int | None = None) -> Batch:

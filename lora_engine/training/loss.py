@@ -1,4 +1,5 @@
-"""Cross-entropy on the labelled rows only, taken before the output head where the model allows."""
+"""Cross-entropy on the labelled rows only, taken before the output head where the model allows; and how often a
+classifier is right."""
 
 from typing import Any
 
@@ -13,8 +14,10 @@ def labelled_loss_sum(model: Any, batch: Batch) -> Tensor:
     """Sum of -log p(label) in nats over the labelled tokens, float32 scalar.
 
     Half-masked prompts with a large vocabulary make the head the dearest layer; dropping unlabelled
-    rows before it skips that work and the memory of their logits."""
-    if model.config.model_type in PLAIN_HEADS:
+    rows before it skips that work and the memory of their logits. A classifier's labels are one to a sequence."""
+    if batch.positions is None:
+        logits = class_logits(model, batch)
+    elif model.config.model_type in PLAIN_HEADS:
         hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, batch.positions))
     else:
@@ -35,3 +38,39 @@ def evaluate(model: Any, batches: list[Batch]) -> float:
             count += num
     model.train(was_training)
     return total / count if count else float("nan")
+
+
+def class_logits(model: Any, batch: Batch) -> Tensor:
+    """(sequences, classes)."""
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return logits
+
+
+@torch.no_grad()
+def confusion_matrix(model: Any, batches: list[Batch], num_classes: int) -> list[list[int]]:
+    """How many sequences of class i (row) were taken for class j (column), in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.long)
+    for batch in batches:
+        chosen = class_logits(model, batch).argmax(-1)
+        for true, guess in zip(batch.targets.tolist(), chosen.tolist(), strict=True):
+            matrix[true, guess] += 1
+    model.train(was_training)
+    rows: list[list[int]] = matrix.tolist()
+    return rows
+
+
+def accuracy(matrix: list[list[int]]) -> float:
+    """Share of sequences on the diagonal of a confusion matrix."""
+    return sum(row[i] for i, row in enumerate(matrix)) / sum(map(sum, matrix))
+
+
+def macro_f1(matrix: list[list[int]]) -> float:
+    """Mean over classes of 2 TP / (2 TP + FP + FN), over those that occur or were guessed."""
+    scores = []
+    for i, row in enumerate(matrix):
+        occurred, guessed = sum(row), sum(other[i] for other in matrix)
+        if occurred + guessed:
+            scores.append(2 * row[i] / (occurred + guessed))
+    return sum(scores) / len(scores)
