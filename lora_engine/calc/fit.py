@@ -4,22 +4,17 @@ Everything here asks `estimate_memory` and nothing else; `settings` are its keyw
 are. A room is the bytes that tensors may take: the card's memory without RESERVED_BYTES.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lora_engine.calc.gpus import GPUS, MAX_BATCH, RESERVED_BYTES
-from lora_engine.calc.memory import MemoryEstimate, estimate_memory
+from lora_engine.calc.memory import MemoryEstimate, Settings, estimate_memory
 from lora_engine.calc.structure import ModelShape
 from lora_engine.config import FullConfig, LoraConfig, MethodConfig
 from lora_engine.errors import ConfigError, TargetError
 
-DEFAULTS: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(estimate_memory).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
-}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
 MAX_SEQ_LENGTH = 2**20  # for a model whose config names no limit
 SHORTEST = 64  # tokens; nobody wants to be told to train on less
 
@@ -161,7 +156,7 @@ def cheapest_changes(
         found = None
         for value, other, changed in candidates:
             try:
-                peak = estimate_memory(shape, other, **_accepted(settings | changed)).peak_bytes
+                peak = estimate_memory(shape, other, **settings | changed).peak_bytes
             except (ConfigError, TargetError):
                 continue  # a combination that this model or method does not have
             fits = peak <= room_bytes
@@ -189,7 +184,7 @@ def changes_until_it_fits(
         if not offered:
             break
         best = min(offered, key=lambda change: _PAIN.index(change.cost))
-        method, settings = best.method, _accepted(settings | best.settings)
+        method, settings = best.method, settings | best.settings
         done.add(best.words)
         # int8 and then NF4 is NF4.
         plan = [p for p in plan if not p.settings or not p.settings.keys() <= best.settings.keys()] + [best]
@@ -237,7 +232,7 @@ def _candidates(method: MethodConfig, at: dict[str, Any]) -> Iterable[tuple[str,
             yield "Quantise NF4's scales as well (double quantisation)", FOUR, ways("precision", ["nf4-dq"])
     if at["optimizer"] == "adamw":
         yield "Use 8-bit AdamW", STATES, ways("optimizer", ["adamw8bit"])
-    batch, accumulation = at["batch_size"], at.get("accumulation", 1)
+    batch, accumulation = at["batch_size"], at["accumulation"]
     smaller: list[_Candidate] = [
         (size, method, {"batch_size": size, "accumulation": accumulation * (batch // size)})
         for size in range(batch - 1, 0, -1)
@@ -263,8 +258,3 @@ def _halvings(value: int, least: int) -> list[int]:
     while (value := value // 2) >= least:
         values.append(value)
     return values
-
-
-def _accepted(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the accumulation that an estimate which does not know it would refuse."""
-    return {name: value for name, value in settings.items() if name != "accumulation" or name in DEFAULTS}

@@ -3,7 +3,6 @@
 Nothing here is fitted. Rows where we are off stay, with what we know of the reason.
 """
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +59,7 @@ class Published:
         return calc.shape_from_config(self.facts, self.model) if self.facts else calc.load_shape(self.model)
 
     def predicted(self) -> calc.MemoryEstimate:
-        return calc.estimate_memory(self.shape(), self.method, **_known(self.settings))
+        return calc.estimate_memory(self.shape(), self.method, **self.settings)
 
     def difference_percent(self) -> float:
         return 100.0 * (self.predicted().peak_bytes / self.published_bytes - 1.0)
@@ -69,12 +68,6 @@ class Published:
         """Whether the published figure lies in our interval."""
         memory = self.predicted()
         return memory.low_bytes <= self.published_bytes <= memory.high_bytes
-
-
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the adapter's type while the estimate has one type only."""
-    known = inspect.signature(calc.estimate_memory).parameters
-    return {name: value for name, value in settings.items() if name in known or name != "adapter_dtype"}
 
 
 def _qv(r: int) -> LoraConfig:
