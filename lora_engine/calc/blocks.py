@@ -92,6 +92,7 @@ class _Layer:
         self.out_of_attention = [x for x in self.linears if x.group == "attention" and x.name not in fed]
         self.into_mlp = [x for x in self.linears if x.group == "mlp" and x.name in fed]
         self.out_of_mlp = [x for x in self.linears if x.group == "mlp" and x.name not in fed]
+        self.inner = sum(x.in_features for x in self.out_of_mlp)
         self.after_qkv = flows or any(map(trained.trains, self.into_attention)) or trained.prefix > 0
         houlsby = trained.bottleneck > 0 and trained.houlsby
         after_attention = self.after_qkv or any(map(trained.trains, self.out_of_attention)) or houlsby
@@ -116,8 +117,9 @@ class _Layer:
             needs = self.before_mlp and not (shape.parallel and kept_input)
             # A norm behind the MLP (Gemma 2's) has its turn before it, which makes no difference to the peak.
             blocks.append(self.norm(norm, needs))
+        blocks += self.routed()
         blocks.append(self.mlp())
-        beside = s * h // c + shape.intermediate_size if self.inside_mlp else 0
+        beside = s * h // c + self.inner if self.inside_mlp else 0
         blocks.append(self.leave(self.out_of_mlp, self._down_input(), beside))
         return [block for block in blocks if block.saved or block.passing or block.gradients]
 
@@ -164,21 +166,46 @@ class _Layer:
 
     def mlp(self) -> Block:
         """What comes before the map that leaves the MLP: gate and up, the activation, the product."""
-        shape, step = self.shape, self.step
-        i, c, s, h, n = (
-            shape.intermediate_size,
-            step.widths.compute,
-            step.widths.stream,
-            shape.hidden_size,
-            step.tokens,
-        )
+        shape, step, i = self.shape, self.step, self.inner
+        c, s, h, n = step.widths.compute, step.widths.stream, shape.hidden_size, step.tokens
         saved = passing = 0
-        if self.inside_mlp:
+        if self.inside_mlp and i:
             saved = c * i * (3 if shape.gated else _ACTIVATION_SAVES.get(shape.activation, 1))
             passing = s * h + c * i * (3 if shape.gated else _ACTIVATION_PASSES.get(shape.activation, 2))
         return self._with_maps(
             self.into_mlp, n * saved, n * passing, n * (s * h + c * (i * (2 if shape.gated else 1) + h))
         )
+
+    def routed(self) -> list[Block]:
+        """The experts of a layer that has them (transformers' grouped products): every token's rows are gathered, once
+        for each of its experts, and summed with the router's weights in float32."""
+        moe, step, trained = self.shape.moe, self.step, self.trained
+        if not self.experts or moe is None:
+            return []
+        # Autocast leaves grouped products alone: they run in the weights' own type.
+        c, s, k = step.widths.weight, step.widths.stream, moe.experts_per_token
+        h, n = self.shape.hidden_size, step.tokens
+        i, adapted = moe.intermediate_size, [x for x in self.experts if trained.full or x.name in trained.ranks]
+        saved = passing = out = 0
+        if self.before_mlp:
+            indices = 40 * k + 4 * moe.num_experts + 12
+            saved, out = 3 * c * k * i + indices, c * k * h
+            passing = s * h + 3 * c * k * i
+        if adapted:
+            saved += c * k * (h + i)
+        dense = gradients = 0
+        for x in adapted:
+            size = x.num_experts * x.in_features * x.out_features
+            if trained.full:
+                gradients += step.widths.weight * x.num_parameters
+            else:
+                gradients += (
+                    trained.adapter_width * trained.ranks[x.name] * x.num_experts * (x.in_features + x.out_features)
+                )
+            dense = max(dense, step.widths.weight * size)
+        beside = n * (s * h + 2 * c * k * i) + dense if dense else 0
+        inside = Block(n * saved, max(n * passing, beside), gradients)
+        return [inside, Block(n * out, n * (s * h + (12 + (c if c == 2 else 0)) * k * h) if out else 0, 0)]
 
     def leave(self, linears: list[LinearShape], input_bytes: int, passing: int) -> Block:
         """The last map of attention or MLP: its input per token, then residual (and dropout, and adapter layer)."""
@@ -207,7 +234,7 @@ class _Layer:
     def _down_input(self) -> int:
         shared = self.inside_mlp and self.shape.activation == "relu" and not self.shape.gated
         if any(map(self.trained.trains, self.out_of_mlp)) and not shared:
-            return self.step.widths.compute * self.shape.intermediate_size
+            return self.step.widths.compute * self.inner
         return 0
 
     def _with_maps(self, linears: list[LinearShape], saved: int, passing: int, beside: int) -> Block:
