@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine import core
+from lora_engine.calc.experts import read_targets
 from lora_engine.calc.matching import ALIASES, select_by_config
 from lora_engine.config import LoraConfig
 from lora_engine.errors import ConfigError, TargetError
@@ -188,15 +189,26 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> nn.Module:
 
     Raises TargetError when the targets match no Linear or Conv1D, ConfigError for what this
     implementation does not train."""
-    if config.target_parameters:
-        allowed = "none when training; what is stacked in one parameter is counted, not trained yet"
-        raise ConfigError("target_parameters", config.target_parameters, allowed)
+    _refuse_parameters(model, config)
     model.requires_grad_(False)
     for name in target_names(model, config):
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, child, LoraLayer(model.get_submodule(name), config, name=name, seed=seed))
     return model
+
+
+def _refuse_parameters(model: nn.Module, config: LoraConfig) -> None:
+    """Raises ConfigError where PEFT would adapt parameters that no Linear holds: these are counted, not trained."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    reading = read_targets(model_type, linears, config)
+    if reading.target_parameters:
+        argument = "target_parameters" if config.target_parameters else "target_modules"
+        allowed = (
+            f"Linear and Conv1D modules; {', '.join(reading.target_parameters)} can be counted, but not trained yet"
+        )
+        raise ConfigError(argument, getattr(config, argument), allowed)
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:

@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from lora_engine import calc, core
@@ -236,8 +238,18 @@ def test_targets_that_are_no_linear_layer_are_an_error():
 
 
 def test_stacked_parameters_are_not_trained():
-    with pytest.raises(ConfigError, match="target_parameters is .*counted, not trained"):
+    with pytest.raises(ConfigError, match="target_parameters is .*can be counted, but not trained"):
         lora.inject(llama(), LoraConfig(target_parameters=("mlp.experts.down_proj",)))
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    with pytest.raises(ConfigError, match="target_modules is 'all-linear'; .*gate_up_proj.* can be counted"):
+        lora.inject(model, LoraConfig())
+    lora.inject(model, LoraConfig(target_modules="attention"))
+    assert len(lora.lora_layers(model)) == 4
 
 
 def fill(model, seed=1):
