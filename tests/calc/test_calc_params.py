@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import IA3Config as PeftIA3
 from peft import LoraConfig as PeftConfig
 from peft import PrefixTuningConfig as PeftPrefix
 from peft import get_peft_model
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from lora_engine import calc
 from lora_engine.assets_path import asset_path
+from lora_engine.calc.params import COUNTERS
 from lora_engine.config import (
     METHOD_CONFIGS,
     BottleneckConfig,
@@ -44,6 +46,11 @@ MUST_HOLD = [
 def test_well_known_rows(model, r, targets, expected):
     count = calc.count_parameters(calc.load_shape(model), LoraConfig(r=r, target_modules=calc.parse_targets(targets)))
     assert count.trainable_parameters == expected
+
+
+def test_the_largest_has_882_modules():
+    modules = calc.count_parameters(calc.load_shape("meta-llama/Llama-3.1-405B"), LoraConfig(r=16)).modules
+    assert (len(modules), sum(module.count for module in modules)) == (7, 882)
 
 
 def peft_counts(model, config):
@@ -306,9 +313,31 @@ def test_every_formula_gives_its_count(model, method):
 
 
 def test_every_method_is_counted():
-    from lora_engine.calc.params import COUNTERS
+    assert COUNTERS.keys() >= METHOD_CONFIGS.keys()
 
-    assert COUNTERS.keys() == METHOD_CONFIGS.keys()
+
+IA3_TARGETS = {
+    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "phi3": (["qkv_proj", "down_proj"], ["down_proj"]),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "opt 350m": (["k_proj", "v_proj", "fc2"], ["fc2"]),
+    "falcon 40b": (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", IA3_TARGETS)
+def test_ia3_is_pefts(variant):
+    model_type, facts = VARIANTS[variant]
+    shape = calc.shape_from_config(facts | {"model_type": model_type}, variant)
+    targets, feedforward = IA3_TARGETS[variant]
+    model = get_peft_model(
+        real_model(model_type, facts),
+        PeftIA3(target_modules=targets, feedforward_modules=feedforward, fan_in_fan_out=variant == "gpt2"),
+    )
+    modules, _ = COUNTERS["ia3"](shape, None)
+    trained = sum(module.trainable_parameters for module in modules)
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_notes_of_patterns_and_ranks():
