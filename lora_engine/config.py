@@ -79,10 +79,6 @@ class LoraConfig:
             _check_pattern("exclude_modules", self.exclude_modules, self.exclude_modules)
         elif not _is_names(self.exclude_modules):
             raise ConfigError("exclude_modules", self.exclude_modules, "a list of names or a regular expression")
-        if self.target_parameters and self.use_dora:
-            raise ConfigError("use_dora", True, "False with target_parameters")
-        if self.target_parameters and self.lora_dropout:
-            raise ConfigError("lora_dropout", self.lora_dropout, "0 with target_parameters")
 
     def _check_layers(self) -> None:
         layers, pattern = self.layers_to_transform, self.layers_pattern

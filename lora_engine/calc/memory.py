@@ -167,8 +167,8 @@ def _plan(method: MethodConfig, selection: Selection | None, all_gradients: int,
         return Plan(lambda _: everything, {}, True, False, all_gradients)
     nothing = Trained({}, adapter_width=width)
     layers = {}
-    for names, found in selection.patterns:
-        ranks = {name: method.r if rank is None else rank for name, rank in names}
+    for targets, found in selection.patterns:
+        ranks = {target.name: target.r(method) for target in targets}
         trained = Trained(ranks, adapter_width=width, magnitudes=method.use_dora)
         layers.update(dict.fromkeys(found, trained))
     outer = {target.name: target.r(method) for target in selection.targets if target.name in selection.outer}
