@@ -113,7 +113,10 @@ def test_reparametrisation_equals_pefts_and_is_dropped_in_what_is_saved():
     encoder, reference = ours.base_model.prefix_encoder, theirs.prompt_encoder["default"]
     with torch.no_grad():
         reference.embedding.weight.copy_(encoder.embedding)
-        for mine, other in ((encoder.transform[0], reference.transform[0]), (encoder.transform[2], reference.transform[2])):
+        for mine, other in (
+            (encoder.transform[0], reference.transform[0]),
+            (encoder.transform[2], reference.transform[2]),
+        ):
             mine.bias.normal_()
             other.weight.copy_(mine.weight)
             other.bias.copy_(mine.bias)
