@@ -168,6 +168,17 @@ def test_a_classifier_run_and_its_labels_again(tmp_path, request, labelled, name
     assert again["eval_accuracy"] == result["eval_accuracy"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "mixed-bf16", "mixed-fp16"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("lora", "full")])
+def test_every_precision_trains(tmp_path, decoder, encoder, written, labelled, name, precision):
+    for base, data in ((decoder, written), (encoder, labelled)):
+        config = run_config(base, data, CONFIGS[name], lr=1e-2, precision=precision, steps=10)
+        state, _ = execute_run(config, tmp_path / base.name)
+        assert state.eval_loss_after < state.eval_loss_before
+        again = generate_from_run(to_dict(config), tmp_path / base.name, prompt="the film", with_eval=True)
+        assert again["eval_loss"] == pytest.approx(state.eval_loss_after, abs=1e-2)
+
+
 @pytest.mark.parametrize("base", ["encoder", "decoder"])
 def test_a_classifier_learns_what_it_has_not_seen(tmp_path, request, labelled, base):
     config = run_config(request.getfixturevalue(base), labelled, LoraConfig(r=4), lr=1e-2, steps=60)
