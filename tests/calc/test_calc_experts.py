@@ -3,11 +3,27 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_models import ALL_VARIANTS, DEEPSEEK, LLAMA4, QWEN_MOE, SMALL, VARIANTS, assert_same, real_model
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from real_models import (
+    ALL_VARIANTS,
+    DEEPSEEK,
+    LLAMA4,
+    MOE_VARIANTS,
+    OTHER_ENCODERS,
+    QWEN_MOE,
+    SMALL,
+    VARIANTS,
+    assert_same,
+    encoder_and_shape,
+    real_model,
+)
 
 from lora_engine import calc
+from lora_engine.calc.families.moe import PEFT_TURNS_ALL_LINEAR
 from lora_engine.errors import ModelConfigError, UnknownArchitectureError
 
 KV = {"num_key_value_heads": 2}
@@ -23,8 +39,8 @@ def test_experts_are_said_to_be_out_of_reach_and_what_is_active():
     assert shape.active_parameters == shape.total_parameters - idle
     assert shape.notes == (
         "The 4 experts of a layer, in every layer, are the 3-D parameters mlp.experts.gate_up_proj and "
-        "mlp.experts.down_proj: no linear modules, so target_modules, all-linear included, never reach them "
-        "(target_parameters does).",
+        "mlp.experts.down_proj, no linear modules: target_modules does not reach them, target_parameters does. "
+        "PEFT 0.21 turns all-linear into both for this family, router included; this count does not.",
         f"A token passes 2 of 4 experts: {shape.active_parameters:,} of {shape.total_parameters:,} parameters "
         "are active.",
     )
@@ -57,6 +73,56 @@ def test_what_memory_reads_of_a_shape_with_experts():
 def test_a_router_that_is_a_linear_counts_as_one():
     shape = calc.shape_from_config(SCOUT, "test")
     assert f"model.layers.0.{shape.moe.router}" in shape.linear_names
+
+
+def with_peft(model):
+    """(names of what PEFT adapts of "all-linear", whether it adapts parameters as well)."""
+    peft = get_peft_model(model, PeftConfig(target_modules="all-linear"))
+    names = [name for name, module in peft.named_modules() if isinstance(module, BaseTunerLayer)]
+    parameters = bool(peft.peft_config["default"].target_parameters)
+    return sorted(name.removeprefix("base_model.model.") for name in names), parameters
+
+
+def all_linear(shape):
+    return sorted(calc.select_modules(shape.linear_names, "all-linear", output_head=shape.output_head))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("model_type", "facts"), MOE_VARIANTS.values(), ids=MOE_VARIANTS)
+def test_all_linear_is_pefts_where_it_leaves_experts_out(model_type, facts):
+    names, parameters = with_peft(real_model(model_type, facts))
+    shape = calc.shape_from_config(facts | {"model_type": model_type}, "test")
+    assert parameters == (model_type in PEFT_TURNS_ALL_LINEAR)
+    if not parameters:
+        assert all_linear(shape) == names
+    assert shape.moe is None or ("PEFT 0.21 turns" in shape.notes[0]) == parameters
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "kind"), OTHER_ENCODERS.values(), ids=OTHER_ENCODERS)
+def test_all_linear_is_pefts_in_encoders(family, kind):
+    model, shape = encoder_and_shape(family, kind)
+    assert (all_linear(shape), False) == with_peft(model)
+
+
+def groups_by_name(shape):
+    """What the aliases find by names alone, beside what the shape knows."""
+    for group in ("attention", "mlp"):
+        known = {name for linear in shape.linears if linear.group == group for name in shape.full_names(linear)}
+        if known:
+            yield set(calc.select_modules(shape.linear_names, group)), known
+
+
+@pytest.mark.parametrize(("model_type", "facts"), MOE_VARIANTS.values(), ids=MOE_VARIANTS)
+def test_aliases_are_the_groups_of_a_shape_with_experts(model_type, facts):
+    for found, known in groups_by_name(calc.shape_from_config(facts | {"model_type": model_type}, "test")):
+        assert found == known
+
+
+@pytest.mark.parametrize(("family", "kind"), OTHER_ENCODERS.values(), ids=OTHER_ENCODERS)
+def test_aliases_are_the_groups_of_an_encoder(family, kind):
+    for found, known in groups_by_name(encoder_and_shape(family, kind)[1]):
+        assert found == known
 
 
 @pytest.mark.parametrize("variant", ["gemma3", "llama4, every second layer", "mistral", "qwen3_moe"])
@@ -181,6 +247,7 @@ ODD = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(variant=st.sampled_from(sorted(ALL_VARIANTS)), data=st.data())
 def test_whatever_a_value_is_the_answer_is_a_shape_or_one_sentence(variant, data):
     model_type, facts = ALL_VARIANTS[variant]
