@@ -6,8 +6,9 @@ one file in `lora_engine.methods`, and one line in each of the two registries.
 """
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from lora_engine.errors import ConfigError
@@ -17,6 +18,8 @@ TRAINABLE_PRECISIONS = ("fp32", "fp16", "bf16", "mixed-fp16", "mixed-bf16")
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES = ("constant", "linear", "cosine")
+MAX_RANK = 65536
+GROUPS = ("attention", "mlp")  # of target_modules: short for lists of names
 TASKS = ("text", "prompt_completion", "instruction", "messages", "question_answer", "text_label")
 
 
@@ -24,8 +27,12 @@ TASKS = ("text", "prompt_completion", "instruction", "messages", "question_answe
 class LoraConfig:
     """LoRA (Hu et al. 2021, section 4.1), field names as in PEFT.
 
-    `target_modules` is "attention", "mlp", "all-linear", a regular expression (one string), or a
-    tuple of module names or suffixes; matching follows PEFT (`lora_engine.calc.targets`)."""
+    `target_modules` is "attention", "mlp", "all-linear", a regular expression (one string), or a tuple of module
+    names or suffixes; `exclude_modules` takes away, `layers_to_transform` (with `layers_pattern`, the name of the
+    module list) keeps some layers. `target_parameters` names parameters that no Linear holds, such as stacked experts.
+    `rank_pattern` and `alpha_pattern` give r and lora_alpha to modules whose name ends in a key, itself a regular
+    expression; the first key that fits counts. A mapping is stored as pairs, so that a config can be hashed.
+    Matching follows PEFT (`lora_engine.calc.matching`)."""
 
     method: ClassVar[str] = "lora"
 
@@ -35,22 +42,93 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_int("r", self.r, 1, 65536)
+        _check_int("r", self.r, 1, MAX_RANK)
         _check_float("lora_alpha", self.lora_alpha, 0.0, 1e6)
         _check_float("lora_dropout", self.lora_dropout, 0.0, 0.95)
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if not self.target_modules or (
-            isinstance(self.target_modules, tuple) and not all(isinstance(t, str) and t for t in self.target_modules)
-        ):
+        for name in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        self._check_targets()
+        self._check_layers()
+        ranks, alphas = _pairs("rank_pattern", self.rank_pattern), _pairs("alpha_pattern", self.alpha_pattern)
+        for key, rank in ranks:
+            _check_int(f"rank_pattern[{key!r}]", rank, 1, MAX_RANK)
+        for key, alpha in alphas:
+            _check_float(f"alpha_pattern[{key!r}]", alpha, 0.0, 1e6)
+        object.__setattr__(self, "rank_pattern", ranks)
+        object.__setattr__(self, "alpha_pattern", alphas)
+
+    def _check_targets(self) -> None:
+        if not _is_names(self.target_parameters):
+            raise ConfigError("target_parameters", self.target_parameters, "a list of parameter names")
+        named = isinstance(self.target_modules, str) or _is_names(self.target_modules)
+        if not named or not (self.target_modules or self.target_parameters):
             raise ConfigError("target_modules", self.target_modules, "a name, a list of names or a regular expression")
+        if self.exclude_modules is None:
+            object.__setattr__(self, "exclude_modules", ())
+        if isinstance(self.exclude_modules, str):
+            _check_pattern("exclude_modules", self.exclude_modules, self.exclude_modules)
+        elif not _is_names(self.exclude_modules):
+            raise ConfigError("exclude_modules", self.exclude_modules, "a list of names or a regular expression")
+
+    def _check_layers(self) -> None:
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        listed = (layers,) if isinstance(layers, int) and not isinstance(layers, bool) else layers
+        if listed is not None and not (
+            isinstance(listed, tuple) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed)
+        ):
+            raise ConfigError("layers_to_transform", layers, "a layer's index from 0, or a list of them")
+        if pattern is not None and not isinstance(pattern, str) and not _is_names(pattern):
+            raise ConfigError("layers_pattern", pattern, "the name of the list of layers, or a list of names")
+        for text in (pattern,) if isinstance(pattern, str) else pattern or ():
+            _check_pattern("layers_pattern", pattern, text)
+        for argument, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+            if value is None or not isinstance(self.target_modules, str) or self.target_modules.lower() in GROUPS:
+                continue
+            # PEFT: a regular expression can say itself which layers it means.
+            raise ConfigError(
+                argument, value, f"None with target_modules {self.target_modules!r}; name the modules in a list"
+            )
+        if pattern and layers is None:
+            raise ConfigError("layers_pattern", pattern, "None without layers_to_transform")
 
     @property
     def scaling(self) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def at(self, name: str) -> "LoraConfig":
+        """This config with the r and lora_alpha of the module called `name` (PEFT's get_pattern_key)."""
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        rank, alpha = pattern_value(self.rank_pattern, name), pattern_value(self.alpha_pattern, name)
+        return replace(
+            self,
+            r=self.r if rank is None else int(rank),
+            lora_alpha=self.lora_alpha if alpha is None else alpha,
+            rank_pattern=(),
+            alpha_pattern=(),
+        )
+
+
+Pattern = Mapping[str, float] | tuple[tuple[str, float], ...]
+
+
+def pattern_value(pattern: Pattern, name: str) -> float | None:
+    """The value of the first key of `pattern` in which `name` ends, None when there is none."""
+    for key, value in pattern.items() if isinstance(pattern, Mapping) else pattern:
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +303,9 @@ def to_dict(config: RunConfig | MethodConfig | TrainConfig | DataConfig) -> dict
         }
     values = asdict(config)
     for key, value in values.items():
-        if isinstance(value, tuple):
+        if key in ("rank_pattern", "alpha_pattern"):
+            values[key] = dict(value)
+        elif isinstance(value, tuple):
             values[key] = list(value)
     if isinstance(config, MethodConfig):
         return {"method": config.method} | values
@@ -270,6 +350,31 @@ def _check_int(argument: str, value: object, low: int, high: int) -> None:
 def _check_float(argument: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError(argument, value, f"a number from {low:g} to {high:g}")
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) and name for name in value)
+
+
+def _check_pattern(argument: str, value: object, text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(argument, value, f"a regular expression ({error})") from error
+
+
+def _pairs(argument: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """A mapping, or pairs, from names to numbers -> pairs. Raises ConfigError."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if pairs is None:
+        return ()
+    if not isinstance(pairs, tuple | list) or not all(isinstance(x, tuple | list) and len(x) == 2 for x in pairs):
+        raise ConfigError(argument, value, "a mapping from the end of a module's name to a number")
+    for key, _ in pairs:
+        if not isinstance(key, str) or not key:
+            raise ConfigError(argument, value, "a mapping whose keys are module names or regular expressions")
+        _check_pattern(argument, key, f"({key})")
+    return tuple(dict(pairs).items())
 
 
 def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@
     |-- InputError                    the request is wrong (CLI exit code 2)
     |   |-- ConfigError               an argument is outside its allowed values
     |   |-- ModelConfigError          a config.json cannot be understood
+    |   |   `-- UnknownArchitectureError  its model_type is none that the formulas know
     |   |-- TargetError               target modules match nothing, or nothing that LoRA fits
     |   |-- DataError                 a file cannot be read or would train on nothing
     |   |-- ModelLoadError            a base model cannot be loaded safely
@@ -35,6 +36,10 @@ class ConfigError(InputError, ValueError):
 
 class ModelConfigError(InputError, ValueError):
     """A model's config.json cannot be understood."""
+
+
+class UnknownArchitectureError(ModelConfigError):
+    """A model_type that the formulas do not know; the model itself may still be built and measured."""
 
 
 class TargetError(InputError, ValueError):

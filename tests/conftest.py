@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "app"))
 
+pytest.register_assert_rewrite("real_models")  # its asserts speak as those of a test file
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from lora_engine.errors import ModelConfigError
 MAX_LAYERS = 10_000
 MAX_SIZE = 10_000_000
 MAX_VOCAB = 100_000_000
+MAX_EXPERTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,45 @@ class Facts:
                 f"as a whole number from 1 to {high}."
             )
         return default
+
+    def count(self, key: str, default: int, high: int = MAX_SIZE) -> int:
+        """Like `size`, with 0 allowed: a number of things of which there may be none."""
+        return (
+            0
+            if self.values.get(key) == 0 and self.values[key] is not False
+            else self.size(key, default=default, high=high)
+        )
+
+    def layers(self, key: str, num_layers: int) -> tuple[int, ...] | None:
+        """Indices of layers in their order, None when the config does not say."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(i) is int and 0 <= i < num_layers for i in value):
+            raise ModelConfigError(
+                f"{key} of {self.name} is {_short(value)}; allowed: a list of whole numbers from 0 to {num_layers - 1}."
+            )
+        return tuple(sorted(set(value)))
+
+    def experts(self, *keys: str, default: int, chosen_default: int | None) -> tuple[int, int]:
+        """(experts in a layer, how many of them a token is sent to)."""
+        experts = self.size(*keys, default=default, high=MAX_EXPERTS)
+        chosen = self.size("num_experts_per_tok", default=chosen_default)
+        if chosen > experts:
+            raise ModelConfigError(
+                f"num_experts_per_tok of {self.name} is {chosen}; allowed: a whole number from 1 to "
+                f"the {experts} experts of a layer."
+            )
+        return experts, chosen
+
+    def nested(self, key: str) -> "Facts | None":
+        """The facts of the config that `key` holds, None when the config has no such thing."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise ModelConfigError(f"{key} of {self.name} is {_short(value)}; allowed: a JSON object.")
+        return Facts(value, f"{key} of {self.name}")
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from lora_engine.calc.activations import Widths, saved_bytes
+from lora_engine.calc.blocks import Step, Trained, Widths
+from lora_engine.calc.moments import Plan, moments
 from lora_engine.calc.params import lora_file_bytes, trained_lora_parameters
 from lora_engine.calc.structure import ModelShape
 from lora_engine.calc.targets import Selection, select_linears
@@ -19,6 +20,8 @@ from lora_engine.errors import ConfigError
 TERMS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
 ATTENTIONS = ("sdpa", "eager")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+ADAPTER_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # The estimated terms (activations, logits, overhead) are given +- this much. Stated, not calibrated.
 UNCERTAINTY_PERCENT = 15
@@ -38,14 +41,18 @@ WIDTHS = {
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """`terms` has exactly the keys TERMS and sums up to `peak_bytes`.
+    """`terms` has exactly the keys TERMS and sums up to `peak_bytes`: what is alive at the peak, which `moment` names
+    ("loss", "head", "backward", "embedding", "optimizer"). While the loss is computed there are no gradients yet, so
+    their term can be 0; `gradient_bytes` is what all of them take once they exist.
 
     `inference_bytes`: the merged model with a key-value cache for the batch and the last token's logits."""
 
     terms: dict[str, int]
+    moment: str
     peak_bytes: int
     low_bytes: int
     high_bytes: int
+    gradient_bytes: int
     inference_bytes: int
     notes: tuple[str, ...] = ()
 
@@ -61,18 +68,22 @@ class Settings:
     checkpointing: bool = False
     attention: str = "sdpa"
     labelled_share: float = 1.0
+    accumulation: int = 1
+    adapter_dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         for argument, value, allowed in (
             ("precision", self.precision, PRECISIONS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("attention", self.attention, ATTENTIONS),
+            ("adapter_dtype", self.adapter_dtype, tuple(ADAPTER_WIDTHS)),
         ):
             if value not in allowed:
                 raise ConfigError(argument, value, f"one of {', '.join(allowed)}")
         for argument, size, high in (
             ("batch_size", self.batch_size, 2**20),
             ("seq_length", self.seq_length, 2**24),
+            ("accumulation", self.accumulation, 2**20),
         ):
             if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= high:
                 raise ConfigError(argument, size, f"a whole number from 1 to {high}")
@@ -80,32 +91,18 @@ class Settings:
             raise ConfigError("labelled_share", self.labelled_share, "a number from 0 to 1")
 
 
-def estimate_memory(
-    shape: ModelShape,
-    method: MethodConfig,
-    *,
-    precision: str = "bf16",
-    batch_size: int = 1,
-    seq_length: int = 512,
-    optimizer: str = "adamw",
-    checkpointing: bool = False,
-    attention: str = "sdpa",
-    labelled_share: float = 1.0,
-) -> MemoryEstimate:
-    """Peak bytes of one training step of `batch_size` sequences of `seq_length` tokens.
+def estimate_memory(shape: ModelShape, method: MethodConfig, **settings: Any) -> MemoryEstimate:
+    """Peak bytes of one training step; `settings` are the fields of `Settings`: `batch_size` sequences of
+    `seq_length` tokens a micro-batch, `accumulation` micro-batches a step.
 
-    Exact: weights, adapter, gradients, optimizer. Derived: activations (see `activations`), logits, and
-    overhead (copies and buffers that live for a moment). LoRA as this engine trains it: adapters, their
-    gradients and optimizer states in float32 on any base. Our loop takes logits on labelled rows only;
-    `labelled_share` 1 is the upper bound, every row.
+    Exact: weights, adapter, gradients, optimizer. Derived: activations (see `blocks`), logits, and overhead (what
+    lives for a moment). LoRA as this engine trains it: adapters, their gradients and optimizer states in
+    `adapter_dtype` on any base. Our loop takes logits on labelled rows only; `labelled_share` 1 is every row.
 
-    `low_bytes` and `high_bytes` put UNCERTAINTY_PERCENT around the derived terms; this is a stated
-    interval, not one calibrated on measurements. The low end also lets gradients take the place of
-    activations, as they do in backward unless they are accumulated over micro-batches.
+    `low_bytes` and `high_bytes` put UNCERTAINTY_PERCENT around the derived terms.
 
     Raises ConfigError for a value out of range or full fine-tuning of quantised weights, TargetError."""
-    settings = Settings(precision, batch_size, seq_length, optimizer, checkpointing, attention, labelled_share)
-    return estimate(shape, method, settings)
+    return estimate(shape, method, Settings(**settings))
 
 
 def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> MemoryEstimate:
@@ -119,32 +116,63 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
         )
     widths = WIDTHS[settings.precision]
     if isinstance(method, LoraConfig) and selection is not None:
-        trained = trained_lora_parameters(selection, method)
-        state_width, adapter = 4, 4 * trained
+        trained, state_width = trained_lora_parameters(selection, method), ADAPTER_WIDTHS[settings.adapter_dtype]
+        adapter = state_width * trained
     else:
         trained, state_width, adapter = shape.total_parameters, widths.weight, 0
-    activations, logits, overhead = _derived(shape, method, selection, settings, trained)
+    step = Step(
+        widths,
+        settings.batch_size * settings.seq_length,
+        settings.seq_length,
+        settings.attention == "eager" or shape.softcap,
+        settings.precision not in TRAINABLE_PRECISIONS,
+    )
+    highest = max(
+        moments(
+            shape,
+            _plan(method, selection, state_width * trained, state_width),
+            step,
+            labelled_share=settings.labelled_share,
+            checkpointing=settings.checkpointing,
+            accumulation=settings.accumulation,
+        ),
+        key=lambda moment: moment.total,
+    )
     terms = {
         "weights": weight_bytes(shape, settings.precision),
         "adapter": adapter,
-        "gradients": state_width * trained,
+        "gradients": highest.gradients,
         "optimizer": _optimizer_bytes(shape, method, selection, settings.optimizer, trained, state_width),
-        "activations": activations,
-        "logits": logits,
-        "overhead": overhead,
+        "activations": highest.activations,
+        "logits": highest.logits,
+        "overhead": highest.overhead,
     }
     peak = sum(terms.values())
-    derived = activations + logits + overhead
-    margin = derived * UNCERTAINTY_PERCENT // 100
-    overlap = min(terms["gradients"], derived - margin)
+    margin = (highest.activations + highest.logits + highest.overhead) * UNCERTAINTY_PERCENT // 100
     return MemoryEstimate(
         terms=terms,
+        moment=highest.name,
         peak_bytes=peak,
-        low_bytes=peak - margin - overlap,
+        low_bytes=peak - margin,
         high_bytes=peak + margin,
+        gradient_bytes=state_width * trained,
         inference_bytes=_inference_bytes(shape, terms["weights"], widths, settings),
         notes=_notes(shape, settings),
     )
+
+
+def _plan(method: MethodConfig, selection: Selection | None, all_gradients: int, width: int) -> Plan:
+    if not isinstance(method, LoraConfig) or selection is None:
+        everything = Trained({}, full=True)
+        return Plan(lambda _: everything, {}, True, False, all_gradients)
+    nothing = Trained({}, adapter_width=width)
+    layers = {}
+    for targets, found in selection.patterns:
+        ranks = {target.name: target.r(method) for target in targets}
+        trained = Trained(ranks, adapter_width=width, magnitudes=method.use_dora)
+        layers.update(dict.fromkeys(found, trained))
+    outer = {target.name: target.r(method) for target in selection.targets if target.name in selection.outer}
+    return Plan(lambda i: layers.get(i, nothing), outer, False, False, all_gradients, width)
 
 
 @lru_cache(maxsize=256)
@@ -178,7 +206,7 @@ def rank_table(
     """For each rank: r, trainable_parameters, trainable_percent, peak_bytes, terms, adapter_bytes (what the
     dial looks up). `settings` are those of `estimate_memory`. Raises ConfigError, TargetError."""
     checked = Settings(**settings)
-    selection = select_linears(shape, method.target_modules)
+    selection = select_linears(shape, method)
     rows = []
     for r in ranks:
         config = replace(method, r=r)
@@ -207,7 +235,7 @@ def _notes(shape: ModelShape, settings: Settings) -> tuple[str, ...]:
 
 
 def _selection(method: MethodConfig, shape: ModelShape) -> Selection | None:
-    return select_linears(shape, method.target_modules) if isinstance(method, LoraConfig) else None
+    return select_linears(shape, method) if isinstance(method, LoraConfig) else None
 
 
 def _optimizer_bytes(
@@ -234,10 +262,11 @@ def _trained_tensors(shape: ModelShape, method: MethodConfig, selection: Selecti
     """(count, number of values) of every trained tensor."""
     tensors: list[tuple[int, int]] = []
     if isinstance(method, LoraConfig) and selection is not None:
-        for linear, count in selection.linears:
-            tensors += [(count, method.r * linear.in_features), (count, method.r * linear.out_features)]
+        for target in selection.targets:
+            r = target.r(method) * target.num_experts
+            tensors += [(target.count, r * target.in_features), (target.count, r * target.out_features)]
             if method.use_dora:
-                tensors.append((count, linear.out_features))
+                tensors.append((target.count, target.out_features))
         return tensors
     for linear in shape.linears:
         if not linear.tied:
@@ -248,60 +277,6 @@ def _trained_tensors(shape: ModelShape, method: MethodConfig, selection: Selecti
         vectors = 1 if part.kind == "embedding" or shape.norm_kind == "rms" else 2
         tensors.append((part.count * vectors, part.num_parameters // vectors))
     return tensors
-
-
-def _derived(
-    shape: ModelShape, method: MethodConfig, selection: Selection | None, settings: Settings, trained: int
-) -> tuple[int, int, int]:
-    """(activations, logits, overhead) in bytes."""
-    widths = WIDTHS[settings.precision]
-    tokens = settings.batch_size * settings.seq_length
-    eager = settings.attention == "eager" or shape.softcap
-    r = method.r if isinstance(method, LoraConfig) else 0
-    kept, recomputed = saved_bytes(
-        shape,
-        selection,
-        r,
-        widths,
-        seq_length=settings.seq_length,
-        checkpointing=settings.checkpointing,
-        eager=eager,
-    )
-    # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its
-    # input beside it (4 + 4). The half-precision logits are gone by then.
-    rows = int(tokens * settings.labelled_share) if shape.output_head else 0
-    per_row = 12 * shape.vocab_size + (widths.compute * shape.vocab_size if shape.softcap else 0)
-    logits = rows * per_row
-    overhead = 32 * tokens + 8 * settings.seq_length * shape.head_dim  # token ids and labels; rotary tables
-    if eager:
-        overhead += widths.compute * settings.seq_length**2  # the causal mask
-    overhead += _weight_copies(shape, selection, settings, trained)
-    # Gradients of one layer's activations, while all of them are still kept: beyond what the logits, gone
-    # by then, have left free. With checkpointing that layer's activations come on top.
-    h, i = shape.hidden_size, shape.intermediate_size
-    scores = 2 * 4 * shape.num_heads * settings.seq_length if eager else 0
-    passing = 2 * widths.stream * h + widths.compute * (3 if shape.gated else 2) * i + scores
-    overhead += max(0, tokens * (passing + recomputed) - logits)
-    return tokens * kept, logits, overhead
-
-
-def _weight_copies(shape: ModelShape, selection: Selection | None, settings: Settings, trained: int) -> int:
-    """Half-precision copies of float32 weights and adapters, and dequantised weights, alive in backward."""
-    widths = WIDTHS[settings.precision]
-    copies = 0
-    if selection is not None and widths.compute == 2:
-        copies += 2 * trained
-    inside = [linear for linear in shape.linears if linear.per_layer]
-    if widths.mixed:
-        # Autocast's cast weights are kept for the gradient of the input, in each layer that passes one on.
-        layers = shape.num_layers - (selection.first_layer if selection else 0)
-        if settings.checkpointing:
-            layers = 1
-        copies += 2 * layers * sum(x.in_features * x.out_features for x in inside)
-        copies += 2 * sum(x.in_features * x.out_features for x in shape.linears if x.group == "head")
-    elif settings.precision not in TRAINABLE_PRECISIONS:
-        copies += 2 * max(x.in_features * x.out_features for x in inside)
-    return copies
 
 
 def _inference_bytes(shape: ModelShape, weights: int, widths: Widths, settings: Settings) -> int:

@@ -1,25 +1,33 @@
 """How many parameters a method trains: closed formulas over a shape, no model is built."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from lora_engine.calc.structure import ModelShape
+from lora_engine.calc.structure import ExpertShape, LinearShape, ModelShape
 from lora_engine.calc.targets import Selection, select_linears
-from lora_engine.config import LoraConfig, MethodConfig
+from lora_engine.config import BottleneckConfig, FullConfig, HeadConfig, LoraConfig, MethodConfig, PrefixConfig
+from lora_engine.errors import TargetError
 
 # PEFT's keys: base_model.model.<module>.lora_A.weight (export.peft_format).
 _KEY_EXTRA = len("base_model.model.") + len(".lora_A.weight")
+
+_FILE_START = 8 + len('{"__metadata__":{"format":"pt"}}')  # of a safetensors file, before the tensors' entries
+TASK_HEADS = ("classifier", "score", "qa_outputs")  # first part of the names of a classifier's head
+_TENSOR_ENTRY = 110  # a tensor's entry in the header, roughly
 
 
 @dataclass(frozen=True)
 class ModuleCount:
     """`count` equal modules and what is trained in all of them. An embedding reads a row out of
-    `in_features`; a norm has as many outputs as inputs."""
+    `in_features`; a norm has as many outputs as inputs. `formula` is the arithmetic behind `trainable_parameters`."""
 
     name: str
     count: int
     in_features: int
     out_features: int
     trainable_parameters: int
+    formula: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,34 +42,22 @@ class ParameterCount:
     notes: tuple[str, ...]
 
 
+Counted = tuple[list[ModuleCount], list[str]]
+
+
 def count_parameters(shape: ModelShape, method: MethodConfig) -> ParameterCount:
-    """What `method` trains in a model of `shape`, by module. Raises TargetError.
+    """What `method` trains in a model of `shape`, by module. Raises TargetError, ConfigError.
 
     LoRA: r * (in + out) per adapted module (Hu et al. 2021, section 4.1); DoRA: out more, one magnitude per
-    output (Liu et al. 2024, section 4). Full: everything."""
-    if isinstance(method, LoraConfig):
-        selection = select_linears(shape, method.target_modules)
-        modules = tuple(
-            ModuleCount(
-                linear.name,
-                count,
-                linear.in_features,
-                linear.out_features,
-                count * lora_parameters(linear.in_features, linear.out_features, method),
-            )
-            for linear, count in selection.linears
-        )
-        notes = shape.notes + _lora_notes(method, selection)
-    else:
-        modules = _all_modules(shape)
-        notes = shape.notes
+    output (Liu et al. 2024, section 4). Full: everything. The others: see COUNTERS."""
+    modules, notes = COUNTERS[method.method](shape, method)
     trainable = sum(module.trainable_parameters for module in modules)
     return ParameterCount(
         total_parameters=shape.total_parameters,
         trainable_parameters=trainable,
         trainable_percent=100.0 * trainable / shape.total_parameters,
-        modules=modules,
-        notes=notes,
+        modules=tuple(modules),
+        notes=shape.notes + tuple(notes),
     )
 
 
@@ -71,63 +67,196 @@ def lora_parameters(in_features: int, out_features: int, config: LoraConfig) -> 
 
 
 def trained_lora_parameters(selection: Selection, config: LoraConfig) -> int:
-    """The sum over a selection, in closed form."""
-    magnitudes = sum(count * linear.out_features for linear, count in selection.linears) if config.use_dora else 0
-    return config.r * selection.values_per_rank + magnitudes
+    """The sum over a selection, in closed form: affine in r."""
+    magnitudes = selection.num_outputs if config.use_dora else 0
+    return config.r * selection.values_per_rank + selection.fixed_values + magnitudes
 
 
 def adapter_file_bytes(shape: ModelShape, method: MethodConfig) -> int:
-    """Size of what is saved, as float32 safetensors: the adapter in PEFT's format, or the whole model.
+    """Size of what is saved, as float32 safetensors: LoRA in PEFT's format, the whole model, or what was trained.
+    A reparametrised prefix is saved as the plain prefix.
 
     The tensors' bytes are exact; the file's header (a JSON entry per tensor) is within a few bytes each."""
-    if not isinstance(method, LoraConfig):
+    if isinstance(method, LoraConfig):
+        return lora_file_bytes(shape, select_linears(shape, method), method)
+    if isinstance(method, PrefixConfig):
+        return _FILE_START + 4 * _prefix_values(shape, method) + _TENSOR_ENTRY
+    counted = count_parameters(shape, method)
+    if isinstance(method, FullConfig):
         tensors = sum(linear.count * (1 + linear.has_bias) for linear in shape.linears) + 2 * len(shape.others)
-        return 4 * shape.total_parameters + 110 * tensors
-    selection = select_linears(shape, method.target_modules)
-    return lora_file_bytes(shape, selection, method)
+        tensors += sum(stack.count * (1 + stack.has_bias) for stack in shape.experts)
+    else:
+        tensors = sum(4 * module.count for module in counted.modules)
+    return _FILE_START + 4 * counted.trainable_parameters + _TENSOR_ENTRY * tensors
 
 
 def lora_file_bytes(shape: ModelShape, selection: Selection, config: LoraConfig) -> int:
     data = 4 * trained_lora_parameters(selection, config)
     offset = len(str(data))  # most offsets have as many digits as the last
-    header = 8 + len('{"__metadata__":{"format":"pt"}}')
-    for linear, count in selection.linears:
-        name = len(linear.name) + (len(shape.layer_path) + 1 + len(str(shape.num_layers)) if linear.per_layer else 0)
+    header = _FILE_START
+    for target in selection.targets:
+        name, rank = len(target.name), target.r(config) * target.num_experts
+        if target.linear is None or target.linear.per_layer:
+            name += len(shape.layer_path) + 1 + len(str(shape.num_layers))
         entry = len(',"":{"dtype":"F32","shape":[,],"data_offsets":[,]}') + name + _KEY_EXTRA + 2 * offset
-        shapes = 2 * len(str(config.r)) + len(str(linear.in_features)) + len(str(linear.out_features))
-        header += count * (2 * entry + shapes + (entry if config.use_dora else 0))
+        shapes = 2 * len(str(rank)) + len(str(target.in_features)) + len(str(target.out_features))
+        magnitude = entry + len("magnitude_vector") - len("A.weight") if config.use_dora else 0
+        header += target.count * (2 * entry + shapes + magnitude)
     return data + header
 
 
-def _all_modules(shape: ModelShape) -> tuple[ModuleCount, ...]:
-    others = tuple(
-        ModuleCount(
-            part.name,
-            part.count,
-            part.num_parameters // part.width if part.kind == "embedding" else part.width,
-            part.width,
-            part.count * part.num_parameters,
-        )
-        for part in shape.others
-    )
-    linears = tuple(
-        ModuleCount(
-            linear.name, linear.count, linear.in_features, linear.out_features, linear.count * linear.num_parameters
-        )
+def _lora(shape: ModelShape, config: LoraConfig) -> Counted:
+    selection = select_linears(shape, config)
+    rows: dict[str, list[tuple[str, int, int, int, int]]] = {}
+    for target in selection.targets:
+        r, inner, out = target.r(config), target.in_features, target.out_features
+        times = f"{target.count} x " + (f"{target.num_experts} experts x " if target.num_experts > 1 else "")
+        number = r * target.values_per_rank
+        if config.use_dora and not target.parameter:
+            number += target.count * out
+            text = f"{times}({r} x ({inner} + {out}) + {out})"
+        else:
+            text = f"{times}{r} x ({inner} + {out})"
+        rows.setdefault(target.name, []).append((text, target.count, inner, out, number))
+    modules = [
+        _module(name, sum(g[1] for g in groups), groups[0][2:4], sum(g[4] for g in groups), [g[0] for g in groups])
+        for name, groups in rows.items()
+    ]
+    return modules, _lora_notes(config, selection)
+
+
+def _full(shape: ModelShape, config: FullConfig) -> Counted:  # noqa: ARG001
+    modules = []
+    for other in shape.others:
+        rows, width = other.width, other.width
+        if other.kind == "embedding":
+            rows = other.num_parameters // width
+            text = f"{other.count} x {rows} x {width}"
+        else:
+            text = f"{other.count} x {other.num_parameters}"
+        modules.append(_module(other.name, other.count, (rows, width), other.count * other.num_parameters, [text]))
+    modules += [_whole_map(linear) for linear in shape.linears]
+    modules += [_whole_map(stack) for stack in shape.experts]
+    notes = [
+        f"{linear.name} is the input embedding's weight, which is counted there."
         for linear in shape.linears
-    )
-    return others + linears
+        if linear.tied
+    ]
+    return modules, notes
 
 
-def _lora_notes(config: LoraConfig, selection: Selection) -> tuple[str, ...]:
+def _whole_map(part: LinearShape | ExpertShape) -> ModuleCount:
+    inner, out, times = part.in_features, part.out_features, f"{part.count} x "
+    weight, bias = f"{inner} x {out}", str(out) if part.has_bias else ""
+    if isinstance(part, ExpertShape):
+        times += f"{part.num_experts} experts x "
+    elif part.tied:
+        weight = ""
+    text = " + ".join(filter(None, (weight, bias))) or "0"
+    text = times + (f"({text})" if "+" in text else text)
+    return _module(part.name, part.count, (inner, out), part.count * part.num_parameters, [text])
+
+
+def _head(shape: ModelShape, config: HeadConfig) -> Counted:  # noqa: ARG001
+    """The output head, or the maps of a classifier's head."""
+    outer = [linear for linear in shape.linears if not linear.per_layer]
+    heads = [linear for linear in outer if linear.name == shape.output_head]
+    heads = heads or [linear for linear in outer if linear.name.partition(".")[0] in TASK_HEADS]
+    if not heads:
+        raise TargetError(
+            f"model is a {shape.architecture}, which has no output head; allowed: a language model or a classifier."
+        )
+    modules, notes = [], []
+    for head in heads:
+        inner, out = head.in_features, head.out_features
+        text = f"{out} x {inner}" + (f" + {out}" if head.has_bias else "")
+        modules.append(_module(head.name, 1, (inner, out), inner * out + (out if head.has_bias else 0), [text]))
+        if head.tied:
+            notes.append(
+                f"{head.name} shares its weight with the input embedding and gets a copy of its own to train: the "
+                f"model grows from {shape.total_parameters:,} to {shape.total_parameters + inner * out:,} parameters."
+            )
+    return modules, notes
+
+
+def _bottleneck(shape: ModelShape, config: BottleneckConfig) -> Counted:
+    """Down (m, h) and up (h, m) with their biases, in each place (Houlsby et al. 2019, section 2.1)."""
+    h, layers = shape.hidden_size, shape.num_layers
+    m = max(1, h // config.reduction_factor)
+    places = ("after attention", "after MLP") if config.placement == "houlsby" else ("after MLP",)
+    text = f"{layers} x (2 x {h} x {m} + {m} + {h})"
+    number = layers * (2 * h * m + m + h)
+    return [_module(f"adapter {place}", layers, (h, h), number, [text]) for place in places], []
+
+
+def _prefix(shape: ModelShape, config: PrefixConfig) -> Counted:
+    """A key and a value per layer and position; reparametrised (peft/tuners/prefix_tuning/model.py): an embedding of
+    the positions and an MLP to all of them."""
+    length, layers, kv = config.prefix_length, shape.num_layers, shape.kv_width
+    if not config.reparametrize:
+        text = f"{length} x 2 x {layers} x {kv}"
+        return [_module("prefix", layers, (length, 2 * kv), _prefix_values(shape, config), [text])], []
+    inner, out = config.encoder_hidden_size or shape.hidden_size, 2 * layers * kv
+    modules = [
+        _module("prefix embedding", 1, (length, kv), length * kv, [f"{length} x {kv}"]),
+        _module("prefix MLP, first map", 1, (kv, inner), kv * inner + inner, [f"{kv} x {inner} + {inner}"]),
+        _module("prefix MLP, second map", 1, (inner, out), inner * out + out, [f"{inner} x {out} + {out}"]),
+    ]
+    note = f"After training the MLP is dropped: {_prefix_values(shape, config):,} values are kept."
+    return modules, [note]
+
+
+def _prefix_values(shape: ModelShape, config: PrefixConfig) -> int:
+    return config.prefix_length * 2 * shape.num_layers * shape.kv_width
+
+
+# Where keys and values come from, within a layer; the first that fits.
+_KEYS_AND_VALUES = (
+    ("self_attn.k_proj", "self_attn.v_proj"), ("attention.self.key", "attention.self.value"),
+    ("attention.k_lin", "attention.v_lin"), ("attn.k_proj", "attn.v_proj"), ("attn.c_attn",),
+    ("attention.query_key_value",), ("self_attention.query_key_value",), ("self_attn.qkv_proj",), ("attn.Wqkv",),
+)  # fmt: skip
+
+
+def _ia3(shape: ModelShape, config: Any) -> Counted:  # noqa: ARG001
+    """A scale per output of keys and values and per input of the MLP's last map (Liu et al. 2022, section 3.3)."""
+    inside = {linear.name: linear for linear in shape.linears if linear.per_layer}
+    fed = {name for other in shape.others for name in other.feeds}
+    places = next((names for names in _KEYS_AND_VALUES if set(names) <= inside.keys()), ())
+    scaled = [(inside[name], inside[name].out_features) for name in places]
+    scaled += [(x, x.in_features) for x in inside.values() if x.group == "mlp" and x.name not in fed]
+    modules = [
+        _module(x.name, x.count, (x.in_features, x.out_features), x.count * width, [f"{x.count} x {width}"])
+        for x, width in scaled
+    ]
+    return modules, []
+
+
+# Each method's counter. A method more is a line more.
+COUNTERS: dict[str, Callable[[ModelShape, Any], Counted]] = {
+    "lora": _lora,
+    "full": _full,
+    "head": _head,
+    "bottleneck": _bottleneck,
+    "prefix": _prefix,
+    "ia3": _ia3,
+}
+
+
+def _module(name: str, count: int, sizes: tuple[int, ...], number: int, terms: list[str]) -> ModuleCount:
+    return ModuleCount(name, count, sizes[0], sizes[1], number, f"{' + '.join(terms)} = {number:,}")
+
+
+def _lora_notes(config: LoraConfig, selection: Selection) -> list[str]:
     notes = []
-    beyond = [linear for linear, _ in selection.linears if config.r > min(linear.in_features, linear.out_features)]
+    sides = [(min(t.in_features, t.out_features), t.r(config), t.name) for t in selection.targets]
+    beyond = [(side, r, name) for side, r, name in sides if r > side]
     if beyond:
-        smallest = min(beyond, key=lambda linear: min(linear.in_features, linear.out_features))
-        side = min(smallest.in_features, smallest.out_features)
-        names = ", ".join(linear.name for linear in beyond)
+        names = ", ".join(dict.fromkeys(name for _, _, name in beyond))
+        smallest, _, _ = min(beyond)
+        largest = max(r for _, r, _ in beyond)
         notes.append(
-            f"Rank {config.r} is larger than the smaller side of {names} (down to {side}): "
+            f"Rank {largest} is larger than the smaller side of {names} (down to {smallest}): "
             "the update cannot have a higher rank than that side, so the rest adds parameters only."
         )
     for linear, _ in selection.linears:
@@ -135,4 +264,12 @@ def _lora_notes(config: LoraConfig, selection: Selection) -> tuple[str, ...]:
             notes.append(f"{linear.name} shares its weight with the input embedding; only the output side is adapted.")
     if selection.unmatched:
         notes.append(f"No module is called {', '.join(selection.unmatched)}.")
-    return tuple(notes)
+    if selection.unused_patterns:
+        notes.append(f"No adapted module is called {', '.join(selection.unused_patterns)}: that pattern does nothing.")
+    for target in selection.targets:
+        if target.num_experts > 1:
+            notes.append(
+                f"{target.name} stacks {target.num_experts} experts in one parameter; each gets "
+                f"{target.r(config)} ranks of its own, {target.num_experts * target.r(config)} in all."
+            )
+    return notes

@@ -1,7 +1,12 @@
 """What a transformer is made of, as far as counting goes: names, sizes, and what feeds what."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+
+# Others scale or cap their logits (Gemma 2, Cohere, Granite) or project before the head.
+PLAIN_HEADS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "phi", "gpt2", "gpt_neox", "gemma", "opt", "smollm3", "olmo2"}
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class OtherShape:
     name: str
     count: int
     num_parameters: int
-    kind: str  # "embedding" | "norm"
+    kind: str  # "embedding" | "norm" | "router" | "convolution" | "attention sink" | "bias"
     width: int
     per_layer: bool = False
     feeds: tuple[str, ...] = ()
@@ -75,7 +80,41 @@ class ExpertShape:
         return self.num_experts * (self.in_features * self.out_features + (self.out_features if self.has_bias else 0))
 
 
+@dataclass(frozen=True)
+class MoeShape:
+    """What the layers with experts have in common.
+
+    `router` is the name inside a layer of the map h -> `num_experts` that scores them. Each token passes
+    `experts_per_token` experts of `intermediate_size` and, where there is one, a shared expert of
+    `shared_intermediate_size` (0: none). The layers not in `layers` have an MLP of `dense_intermediate_size`
+    (0: there are none)."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int
+    dense_intermediate_size: int
+    router: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """DeepSeek's multi-head latent attention (DeepSeek-V2, 2024, section 2.1): keys and values of a token come
+    from `kv_lora_rank` values, queries from `q_lora_rank` (0: straight from the hidden state). A head's query
+    and key have `qk_nope_head_dim` + `qk_rope_head_dim` values, its value `v_head_dim`."""
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
 Part = LinearShape | OtherShape | ExpertShape
+
+# Model types that read in both directions and predict no next token.
+ENCODERS = frozenset({"bert", "deberta-v2", "distilbert", "modernbert", "roberta", "xlm-roberta"})
 
 
 @dataclass(frozen=True)
@@ -83,7 +122,9 @@ class ModelShape:
     """A model as counted. `architecture` is the transformers class whose parameters these are.
 
     Sizes are numbers of values; `linears`, `others` and `experts` hold every parameter exactly once, in the
-    model's order. The fields from `layer_path` on are what names and memory need."""
+    model's order. The fields from `layer_path` on are what names and memory need. `intermediate_size` is that of
+    the MLP most layers have: with experts, one expert's. `head_dim` is that of queries and keys. An
+    encoder-decoder has `num_layers` in its encoder."""
 
     name: str
     model_type: str
@@ -111,7 +152,17 @@ class ModelShape:
     softcap: bool = False  # scores and logits pass through a tanh, which scaled_dot_product_attention cannot do
     experts: tuple[ExpertShape, ...] = ()
     experts_per_token: int = 0
+    moe: MoeShape | None = None
+    latent: LatentAttention | None = None
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        # Shapes are the keys of caches that a slider asks hundreds of times.
+        return self._hash
 
     @cached_property
     def total_parameters(self) -> int:
@@ -129,6 +180,12 @@ class ModelShape:
         return self.total_parameters - idle
 
     @property
+    def plain_head(self) -> bool:
+        """Whether the logits are the output head's map of the last hidden state and nothing more, so that a loss
+        can pick its rows before the head."""
+        return self.model_type in PLAIN_HEADS and not self.softcap
+
+    @property
     def query_width(self) -> int:
         return self.num_heads * self.head_dim
 
@@ -139,7 +196,7 @@ class ModelShape:
     @property
     def is_decoder(self) -> bool:
         """Whether it predicts the next token (and so keeps a key-value cache when it generates)."""
-        return self.model_type not in ("bert", "roberta")
+        return self.model_type not in ENCODERS
 
     def layers_of(self, part: Part) -> tuple[int, ...]:
         """Indices of the layers that have `part`; none for one that stands outside."""
@@ -163,6 +220,6 @@ class ModelShape:
         for path in dict.fromkeys(linear.path or self.layer_path for linear in in_layer):
             here = [linear for linear in in_layer if (linear.path or self.layer_path) == path]
             holders = [(linear, set(self.layers_of(linear))) for linear in here]
-            for i in range(self.num_layers):
+            for i in range(1 + max(self.layers_of(linear)[-1] for linear in here)):
                 names += [f"{path}.{i}.{linear.name}" for linear, layers in holders if i in layers]
         return tuple(names + [linear.name for linear in self.linears[last + 1 :]])

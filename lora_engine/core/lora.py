@@ -76,3 +76,26 @@ def merge(W0: Array, A: Array, B: Array, scaling: float) -> Array:
 def unmerge(W: Array, A: Array, B: Array, scaling: float) -> Array:
     """W - scaling * B A: W0 up to one rounding. Keep W0 where every bit matters."""
     return W - delta_W(A, B, scaling).astype(W.dtype)
+
+
+def row_norms(W: Array) -> Array:
+    """||W||_c, (out_features,): the length of each output's weights (Liu et al. 2024, "DoRA", section 4.1)."""
+    norms: Array = np.linalg.norm(W, axis=1)
+    return norms
+
+
+def merge_dora(W0: Array, A: Array, B: Array, magnitude: Array, scaling: float) -> Array:
+    """W = m (W0 + scaling * B A) / ||W0 + scaling * B A||_c (Liu et al. 2024, equation 5), m (out_features,).
+
+    With m = ||W0||_c and B = 0 this is W0."""
+    V = W0 + delta_W(A, B, scaling)
+    return (magnitude / row_norms(V))[:, None] * V
+
+
+def forward_dora(
+    x: Array, W0: Array, A: Array, B: Array, magnitude: Array, scaling: float, bias: Array | None = None
+) -> Array:
+    """h = W x with the W of `merge_dora`, (..., out_features), without forming it but for its norms."""
+    factor = magnitude / row_norms(W0 + delta_W(A, B, scaling))
+    h = factor * forward(x, W0, A, B, scaling)
+    return h if bias is None else h + bias

@@ -1,9 +1,10 @@
 """LoRA in torch: frozen Linear or Conv1D plus a trained low-rank branch, fused in one autograd node.
 
 Initial values and merges come from `lora_engine.core`, so there is one definition of LoRA; saved
-names are PEFT's (`lora_A.weight`, `lora_B.weight`).
+names are PEFT's (`lora_A.weight`, `lora_B.weight`, `lora_magnitude_vector.weight` with DoRA).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine import core
-from lora_engine.calc import select_modules
+from lora_engine.calc.experts import FUSED, Reading, read_targets
+from lora_engine.calc.matching import ALIASES, select_by_config, shown
 from lora_engine.config import LoraConfig
-from lora_engine.errors import ConfigError, TargetError
+from lora_engine.errors import TargetError
+from lora_engine.methods.lora_parameters import Factor, LoraParameter, inject_parameters
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -55,18 +58,24 @@ class LoraLayer(nn.Module):
     """`base_layer` with its low-rank branch; stands where the base layer stood.
 
     The adapter is float32 whatever the base; products run in the dtype of the activations, so a
-    half-precision base saves no float32 copy of them."""
+    half-precision base saves no float32 copy of them. With DoRA (Liu et al. 2024, section 4.3) the layer's rows keep
+    a trained length m:  h = m / ||W0 + s B A||_c * (x W0^T + s (x A^T) B^T) + bias, the norm without a gradient."""
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, *, name: str, seed: int) -> None:
         super().__init__()
+        config = config.at(name)
         self.base_layer = base_layer
         self.in_features, self.out_features = _features(base_layer)
         weight: Any = base_layer.weight
         A = core.init_A(config.r, self.in_features, seed=seed, name=name)
         B = core.init_B(self.out_features, config.r)
-        self.lora_A = _Factor(A, weight.device)
-        self.lora_B = _Factor(B, weight.device)
+        self.lora_A = Factor(torch.from_numpy(A).to(weight.device))
+        self.lora_B = Factor(torch.from_numpy(B).to(weight.device))
+        self.r = config.r
         self.scaling = core.scaling_factor(config.r, config.lora_alpha, use_rslora=config.use_rslora)
+        self.lora_magnitude_vector: Factor | None = None
+        if config.use_dora:
+            self.lora_magnitude_vector = Factor(torch.linalg.vector_norm(self._weight().detach().float(), dim=1))
         self.scale = 1.0
         self.lora_dropout = config.lora_dropout
         self.base_weight: Tensor | None = None
@@ -76,27 +85,73 @@ class LoraLayer(nn.Module):
     def merged(self) -> bool:
         return self.base_weight is not None
 
+    def factors(self) -> dict[str, nn.Parameter]:
+        """What is trained, by PEFT's name inside the module."""
+        held = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_magnitude_vector": self.lora_magnitude_vector}
+        return {f"{name}.weight": factor.weight for name, factor in held.items() if factor is not None}
+
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or self.scale == 0.0:
             base: Tensor = self.base_layer(x)
             return base
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         base_layer: Any = self.base_layer
-        weight = base_layer.weight.t() if isinstance(base_layer, Conv1D) else base_layer.weight
         bias = None if base_layer.bias is None else base_layer.bias.to(dtype)
         A, B = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
-        x, weight, scaling = x.to(dtype), weight.to(dtype), self.scaling * self.scale
+        x, weight = x.to(dtype), self._weight().to(dtype)
+        dropout = self.lora_dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):
-            if self.lora_dropout and self.training:
-                dropped = nn.functional.dropout(x, self.lora_dropout)
+            if self.lora_magnitude_vector is not None:
+                h = self._dora(x, weight, A, B, dropout)
+                return h if bias is None else h + bias
+            scaling = self.scaling * self.scale
+            if dropout:
+                dropped = nn.functional.dropout(x, dropout)
                 return nn.functional.linear(x, weight, bias) + scaling * ((dropped @ A.t()) @ B.t())
-            rows: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, scaling)
-            return rows.view(*x.shape[:-1], self.out_features)
+            return _low_rank_linear(x, weight, bias, A, B, scaling)
+
+    def _dora(self, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
+        """Without the bias, which keeps its length. The dial goes straight from the base's weight to the trained."""
+        assert self.lora_magnitude_vector is not None
+        factor = (self.lora_magnitude_vector.weight / self._norms()).to(x.dtype)  # (out,)
+        if dropout:
+            # As in PEFT: the base sees x, all that training adds to it sees the dropped x.
+            dropped = nn.functional.dropout(x, dropout)
+            adapted = _low_rank_linear(dropped, weight, None, A, B, self.scaling)
+            h = nn.functional.linear(x - dropped, weight) + factor * adapted
+        else:
+            h = factor * _low_rank_linear(x, weight, None, A, B, self.scaling)
+        if self.scale == 1.0:
+            return h
+        base = nn.functional.linear(x, weight)
+        return base + self.scale * (h - base)
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """||W0 + s B A||_c, (out_features,), by its three products: nothing of the weight's size is formed in float32.
+
+        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b^T + s^2 b (A A^T) b^T for each row w of W0 and b of B."""
+        A, B, s = self.lora_A.weight, self.lora_B.weight, self.scaling
+        weight = self._weight().to(A.dtype)  # (out, in)
+        squares = torch.linalg.vector_norm(weight, dim=1).square()
+        squares += 2 * s * ((weight @ A.t()) * B).sum(dim=1) + s * s * ((B @ (A @ A.t())) * B).sum(dim=1)
+        return squares.clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+
+    def _weight(self) -> Tensor:
+        """The base's weight, (out_features, in_features)."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
 
     def delta_W(self) -> Tensor:
         """(out_features, in_features), in float32."""
-        update = core.delta_W(_numpy(self.lora_A.weight), _numpy(self.lora_B.weight), self.scaling * self.scale)
-        return torch.from_numpy(update)
+        A, B = _numpy(self.lora_A.weight), _numpy(self.lora_B.weight)
+        if self.lora_magnitude_vector is None:
+            return torch.from_numpy(core.delta_W(A, B, self.scaling * self.scale))
+        W0 = _numpy(self._weight())
+        if self.base_weight is not None:
+            W0 = _numpy(self.base_weight.t() if isinstance(self.base_layer, Conv1D) else self.base_weight)
+        trained = core.merge_dora(W0, A, B, _numpy(self.lora_magnitude_vector.weight), self.scaling)
+        return torch.from_numpy(self.scale * (trained - W0))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -104,8 +159,8 @@ class LoraLayer(nn.Module):
         if self.merged:
             return
         weight: Any = self.base_layer.weight
-        self.base_weight = weight.detach().to("cpu", copy=True)
         update = self.delta_W().t() if isinstance(self.base_layer, Conv1D) else self.delta_W()
+        self.base_weight = weight.detach().to("cpu", copy=True)
         weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
 
     @torch.no_grad()
@@ -117,27 +172,47 @@ class LoraLayer(nn.Module):
         self.base_weight = None
 
 
-class _Factor(nn.Module):
-    """Holds one factor, so that its saved name is PEFT's `lora_A.weight`."""
-
-    def __init__(self, values: np.ndarray, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.from_numpy(values).to(device))
+def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """_LowRankLinear over the last dimension of x (..., in) -> (..., out)."""
+    rows: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, scaling)
+    return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> nn.Module:
-    """Freeze `model` and put a LoraLayer in the place of every target, in place.
+    """Freeze `model` and put a LoraLayer in the place of every target, in place; parameters that no Linear holds
+    (`target_parameters`, experts) get a LoraParameter around their module.
 
-    Raises TargetError when the targets match no Linear or Conv1D, ConfigError for what this
-    implementation does not train."""
-    if config.use_dora:
-        raise ConfigError("use_dora", True, "False when training; DoRA is counted, not trained yet")
+    Raises TargetError when the targets match nothing that takes an adapter, ConfigError for DoRA or dropout on
+    parameters."""
+    config = as_peft_reads(model, config)
+    names = target_names(model, config) if config.target_modules else []
     model.requires_grad_(False)
-    for name in target_names(model, config):
+    for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, child, LoraLayer(model.get_submodule(name), config, name=name, seed=seed))
+    found = inject_parameters(model, config, seed=seed) if config.target_parameters else 0
+    if not names and not found:
+        raise TargetError(f"target_parameters is {shown(config.target_parameters)}, which matches no parameter.")
     return model
+
+
+def as_peft_reads(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """`config` with what PEFT makes of its names in a model whose experts are stacked (`calc.experts`)."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    head = _output_head_name(model)
+    linears = [name.removesuffix(".base_layer") for name, x in model.named_modules() if isinstance(x, nn.Linear)]
+    reading = read_targets(model_type, [name for name in linears if name != head], config)
+    if reading == Reading(config.target_modules, config.target_parameters):
+        return config
+    config = replace(config, target_modules=reading.target_modules, target_parameters=reading.target_parameters)
+    if not reading.fused:
+        return config
+    key = rf".*\.{FUSED}"
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    return replace(
+        config, rank_pattern=ranks | {key: 2 * config.r}, alpha_pattern=alphas | {key: 2 * config.lora_alpha}
+    )
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -145,9 +220,14 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     head = _output_head_name(model)
     everything = [name for name, _ in model.named_modules() if name]
     fitting = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if config.target_modules in ("all-linear", "attention", "mlp"):
-        return select_modules([n for n in everything if n in fitting], config.target_modules, output_head=head)
-    chosen = select_modules(everything, config.target_modules, output_head=head)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() in ALIASES:
+        return select_by_config([n for n in everything if n in fitting], config, output_head=head)
+    try:
+        chosen = select_by_config(everything, config, output_head=head)
+    except TargetError:
+        if config.target_parameters:  # which may match what target_modules does not
+            return []
+        raise
     unfit = [name for name in chosen if name not in fitting]
     if unfit:
         kind = type(model.get_submodule(unfit[0])).__name__
@@ -160,38 +240,44 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def adapters(model: nn.Module) -> dict[str, LoraLayer | LoraParameter]:
+    """Everything that inject put in, by its full dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer | LoraParameter)}
+
+
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """`<module>.lora_A.weight` and `<module>.lora_B.weight` of every adapted module."""
-    state = {}
-    for name, layer in lora_layers(model).items():
-        state[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
-        state[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
-    return state
+    """`<module>.lora_A.weight` and `<module>.lora_B.weight` of every adapted module, and its
+    `<module>.lora_magnitude_vector.weight` with DoRA."""
+    return {
+        f"{name}.{factor}": value.detach()
+        for name, layer in adapters(model).items()
+        for factor, value in layer.factors().items()
+    }
 
 
 @torch.no_grad()
 def load_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy `state` into the adapters. Raises KeyError when a factor is missing."""
-    for name, layer in lora_layers(model).items():
-        layer.lora_A.weight.copy_(state[f"{name}.lora_A.weight"])
-        layer.lora_B.weight.copy_(state[f"{name}.lora_B.weight"])
+    for name, layer in adapters(model).items():
+        for factor, value in layer.factors().items():
+            value.copy_(state[f"{name}.{factor}"])
 
 
 def merge(model: nn.Module) -> None:
     """Add every update to its base weight; inference then costs what the base costs."""
-    for layer in lora_layers(model).values():
+    for layer in adapters(model).values():
         layer.merge()
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore every base weight bit for bit."""
-    for layer in lora_layers(model).values():
+    for layer in adapters(model).values():
         layer.unmerge()
 
 
 def set_scale(model: nn.Module, scale: float) -> None:
     """The dial: 0 is the base model bit for bit, 1 the trained one."""
-    for layer in lora_layers(model).values():
+    for layer in adapters(model).values():
         layer.scale = scale
 
 

@@ -140,11 +140,21 @@ def load_base(
         transformers_logging.set_verbosity(verbosity)
     _check_weights(folder, model, info)
     check_context(model, train)
+    prepare_model(model, train)
+    return model.to(device)
+
+
+def weight_dtype(train: TrainConfig) -> torch.dtype:
+    """How `train.precision` stores weights."""
+    return PRECISION_PLANS[train.precision].weights
+
+
+def prepare_model(model: Any, train: TrainConfig) -> None:
+    """What the loop's settings ask of the model itself: gradient checkpointing."""
     if train.checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # A frozen embedding gives checkpointed layers no input that needs a gradient.
         model.enable_input_require_grads()
-    return model.to(device)
 
 
 def check_context(model: Any, train: TrainConfig) -> None:

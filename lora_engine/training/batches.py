@@ -13,24 +13,23 @@ from lora_engine.data import IGNORED, Encoded
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids and labels (sequences, length); labels are -100 where nothing is trained.
+    """input_ids (sequences, length), and what is trained on: `positions` (n,), indices into the flattened tokens
+    whose next token is a label, and `targets` (n,), those labels.
 
-    Rows are padded on the right, where causal attention never looks, so no attention mask is needed. For a classifier,
-    labels (sequences,) hold one class each, and attention_mask (sequences, length) is 0 on the padding, where an
-    encoder would look."""
+    Positions are found where the rows are made, on the host: a mask on the device would make every step wait for
+    the number of its labels. Rows are padded on the right, where causal attention never looks, so no attention mask
+    is needed. For a classifier `positions` is None, `targets` (sequences,) holds one class each, and attention_mask
+    (sequences, length) is 0 on the padding, where an encoder would look."""
 
     input_ids: Tensor
-    labels: Tensor
+    positions: Tensor | None
+    targets: Tensor
     num_tokens: int
     attention_mask: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
-        return len(self.labels) if self.is_classes else int((self.labels[:, 1:] != IGNORED).sum())
-
-    @property
-    def is_classes(self) -> bool:
-        return self.labels.ndim == 1
+        return self.targets.numel()
 
 
 def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:
@@ -45,12 +44,26 @@ def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> Ba
             input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
             mask[i, : len(row.input_ids)] = 1
         classes = torch.tensor([row.label for row in rows])
-        return Batch(input_ids.to(device), classes.to(device), num_tokens, mask.to(device))
+        return Batch(input_ids.to(device), None, classes.to(device), num_tokens, mask.to(device))
     labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
     for i, row in enumerate(rows):
         input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
         labels[i, : len(row.labels)] = torch.as_tensor(row.labels)
-    return Batch(input_ids.to(device), labels.to(device), num_tokens)
+    return label_batch(input_ids, labels, device, num_tokens=num_tokens)
+
+
+def label_batch(input_ids: Tensor, labels: Tensor, device: torch.device, *, num_tokens: int | None = None) -> Batch:
+    """A batch from host tensors (sequences, length); `labels` as transformers takes them, -100 where nothing is."""
+    following = torch.full_like(labels, IGNORED)
+    following[:, :-1] = labels[:, 1:]
+    following = following.flatten()
+    positions = (following != IGNORED).nonzero().flatten()
+    return Batch(
+        input_ids.to(device),
+        positions.to(device),
+        following[positions].to(device),
+        input_ids.numel() if num_tokens is None else num_tokens,
+    )
 
 
 def evaluation_batches(rows: Sequence[Encoded], config: TrainConfig, pad_id: int, device: torch.device) -> list[Batch]:

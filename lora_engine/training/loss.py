@@ -6,12 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.data import IGNORED
+from lora_engine.calc.structure import PLAIN_HEADS
 from lora_engine.training.batches import Batch
-
-# Models whose logits are lm_head(last hidden state) and nothing more. Others scale or cap their
-# logits (Gemma 2, Cohere, Granite) or project before the head; they go through their own forward.
-_PLAIN_HEAD = {"llama", "mistral", "qwen2", "qwen3", "phi3", "phi", "gpt2", "gpt_neox", "gemma", "smollm3", "olmo2"}
 
 
 def labelled_loss_sum(model: Any, batch: Batch) -> Tensor:
@@ -19,16 +15,14 @@ def labelled_loss_sum(model: Any, batch: Batch) -> Tensor:
 
     Half-masked prompts with a large vocabulary make the head the dearest layer; dropping unlabelled
     rows before it skips that work and the memory of their logits. A classifier's labels are one to a sequence."""
-    if batch.is_classes:
-        return nn.functional.cross_entropy(class_logits(model, batch).float(), batch.labels, reduction="sum")
-    targets = batch.labels[:, 1:]
-    labelled = targets != IGNORED
-    if model.config.model_type in _PLAIN_HEAD:
+    if batch.positions is None:
+        logits = class_logits(model, batch)
+    elif model.config.model_type in PLAIN_HEADS:
         hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[:, :-1][labelled])
+        logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, batch.positions))
     else:
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][labelled]
-    return nn.functional.cross_entropy(logits.float(), targets[labelled], reduction="sum")
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1).index_select(0, batch.positions)
+    return nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -60,7 +54,7 @@ def confusion_matrix(model: Any, batches: list[Batch], num_classes: int) -> list
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.long)
     for batch in batches:
         chosen = class_logits(model, batch).argmax(-1)
-        for true, guess in zip(batch.labels.tolist(), chosen.tolist(), strict=True):
+        for true, guess in zip(batch.targets.tolist(), chosen.tolist(), strict=True):
             matrix[true, guess] += 1
     model.train(was_training)
     rows: list[list[int]] = matrix.tolist()

@@ -42,7 +42,7 @@ def step_against_peft(steps: int = 30) -> dict[str, Any]:
     from lora_engine.data import IGNORED
     from lora_engine.methods import inject, trainable_parameters
     from lora_engine.training.base import load_base, resolve_model
-    from lora_engine.training.batches import Batch
+    from lora_engine.training.batches import label_batch
     from lora_engine.training.loss import labelled_loss_sum
 
     cpu = torch.device("cpu")
@@ -57,9 +57,9 @@ def step_against_peft(steps: int = 30) -> dict[str, Any]:
     for name, masked in (("every token trained", 0), ("half the prompt masked", 64)):
         labels = ids.clone()
         labels[:, :masked] = IGNORED
-        batch = Batch(ids, labels, ids.numel())
+        batch = label_batch(ids, labels, cpu)
 
-        def our_step(batch: Batch = batch) -> None:
+        def our_step(batch: Any = batch) -> None:
             (labelled_loss_sum(ours, batch) / batch.num_labels).backward()
             optimizers[0].step()
             optimizers[0].zero_grad()

@@ -17,7 +17,7 @@ from lora_engine.calc.memory import TERMS, UNCERTAINTY_PERCENT
 from lora_engine.config import OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS, FullConfig, LoraConfig
 from lora_engine.errors import ConfigError
 from lora_engine.methods import full, lora
-from lora_engine.training.batches import Batch
+from lora_engine.training.batches import label_batch
 from lora_engine.training.loss import labelled_loss_sum
 from lora_engine.training.measure import LiveBytes
 
@@ -165,7 +165,7 @@ def measured_peak(config, method, *, precision, batch_size, seq_length, checkpoi
     ids = torch.randint(0, config.vocab_size, (batch_size, seq_length))
     labels = ids.clone()
     labels[:, : round(seq_length * (1 - labelled))] = -100
-    batch = Batch(ids, labels, ids.numel())
+    batch = label_batch(ids, labels, torch.device("cpu"))
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "mixed-bf16" else contextlib.nullcontext()
 
     def step():

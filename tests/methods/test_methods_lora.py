@@ -19,7 +19,7 @@ from transformers import (
 
 from lora_engine import core
 from lora_engine.config import LoraConfig
-from lora_engine.errors import ConfigError, TargetError
+from lora_engine.errors import TargetError
 from lora_engine.methods import lora, trainable_parameters
 
 # alpha / r = 3/2, once as 3/2 and once as 12/8: no power of two, so a forgotten factor shows.
@@ -233,8 +233,3 @@ def test_unmatched_targets_are_an_error():
 def test_targets_that_are_no_linear_layer_are_an_error():
     with pytest.raises(TargetError, match="Linear and Conv1D"):
         lora.inject(llama(), LoraConfig(target_modules=("input_layernorm",)))
-
-
-def test_dora_is_not_trained():
-    with pytest.raises(ConfigError, match="use_dora is True"):
-        lora.inject(llama(), LoraConfig(use_dora=True))

@@ -13,7 +13,7 @@ from lora_engine.data import IGNORED, Encoded
 from lora_engine.errors import ConfigError, ModelLoadError
 from lora_engine.methods import inject
 from lora_engine.training.base import load_base, resolve_device, resolve_model
-from lora_engine.training.batches import make_batch, rows_of_step
+from lora_engine.training.batches import label_batch, make_batch, rows_of_step
 from lora_engine.training.checkpoint import load_tensors, save_tensors
 from lora_engine.training.loop import Callbacks, lr_at, train
 from lora_engine.training.loss import evaluate, labelled_loss_sum
@@ -120,9 +120,12 @@ def test_loss_before_the_head_equals_the_models_own():
         ),
     ):
         model.eval()
-        batch = make_batch(rows(5), 0, CPU)
+        ids = torch.randint(1, 61, (5, 16), generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[:3, :7] = -100
+        batch = label_batch(ids, labels, CPU)
         with torch.no_grad():
-            own = model(input_ids=batch.input_ids, labels=batch.labels).loss
+            own = model(input_ids=ids, labels=labels).loss
             mine = labelled_loss_sum(model, batch)
         assert float(mine) / batch.num_labels == pytest.approx(float(own), rel=1e-5)
 

@@ -1,0 +1,334 @@
+"""A layer as backward meets it: stretches that keep tensors until their turn, and hold more while it lasts.
+
+Every term names a tensor that a backward formula of torch 2.13 reads or makes, for the layers as transformers 5
+writes them and for our LoRA layer (methods.lora), which keeps its input x and x A^T. Widths are numbers of values
+per token: h hidden, q and kv the attention's, i intermediate. `training.trace` shows the same tensors on any model.
+
+Checked by hand against the published coefficients of what is kept, in bytes per token and h, for a Llama in bf16
+with kappa = kv/h and iota = i/h: full 20 + 4 kappa + 8 iota; LoRA on all linears 16 + 4 kappa + 8 iota; LoRA on q
+and v 14 + 4 kappa + 6 iota; checkpointed 2. PEFT's default, adapters that see float32 copies of their inputs,
+keeps more: 36 + 4 kappa + 10 iota.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_engine.calc.structure import LinearShape, ModelShape, OtherShape, Part
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes per value: `weight` as stored, `compute` inside matrix products, `stream` between layers
+    (float32 under autocast, where every half-precision product starts with a copy of its input)."""
+
+    weight: int
+    compute: int
+    stream: int
+
+    @property
+    def mixed(self) -> bool:
+        return self.compute != self.stream
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained inside a layer: `ranks` gives each adapted linear its rank; or everything (`full`).
+
+    `bottleneck` is the inner width of adapter layers (0: none), which sit behind the attention's and the MLP's last
+    map ("houlsby") or the MLP's alone; `prefix` the number of trained key-value pairs."""
+
+    ranks: Mapping[str, int]
+    full: bool = False
+    adapter_width: int = 4
+    magnitudes: bool = False
+    bottleneck: int = 0
+    houlsby: bool = False
+    prefix: int = 0
+
+    @property
+    def anything(self) -> bool:
+        return self.full or bool(self.ranks or self.bottleneck or self.prefix)
+
+    def trains(self, linear: LinearShape) -> bool:
+        return self.full or linear.name in self.ranks
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step is made of, as far as bytes go."""
+
+    widths: Widths
+    tokens: int
+    seq_length: int
+    eager: bool
+    quantised: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a layer, in bytes: `saved` until its backward; `passing`, what its backward holds at most beside
+    what is saved up to here (less than nothing when it lets go of more first); `gradients` it leaves behind."""
+
+    saved: int
+    passing: int
+    gradients: int
+
+
+def layer_blocks(shape: ModelShape, index: int, trained: Trained, flows: bool, step: Step) -> list[Block]:
+    """The blocks of layer `index` in the order of the forward pass; `flows`: its input needs a gradient."""
+    return _Layer(shape, index, trained, flows, step).blocks()
+
+
+class _Layer:
+    """Collects the blocks of one layer; what needs a gradient is known from front to back."""
+
+    def __init__(self, shape: ModelShape, index: int, trained: Trained, flows: bool, step: Step) -> None:
+        self.shape, self.trained, self.flows, self.step = shape, trained, flows, step
+        self.linears = [x for x in shape.linears if x.per_layer and _is_in(x, index)]
+        self.norms = [x for x in shape.others if x.kind == "norm" and x.per_layer and _is_in(x, index)]
+        self.experts = [x for x in shape.experts if _is_in(x, index)]
+        fed = {name for part in self.norms for name in part.feeds}
+        self.into_attention = [x for x in self.linears if x.group == "attention" and x.name in fed]
+        self.out_of_attention = [x for x in self.linears if x.group == "attention" and x.name not in fed]
+        self.into_mlp = [x for x in self.linears if x.group == "mlp" and x.name in fed]
+        self.out_of_mlp = [x for x in self.linears if x.group == "mlp" and x.name not in fed]
+        self.inner = sum(x.in_features for x in self.out_of_mlp)
+        self.after_qkv = flows or any(map(trained.trains, self.into_attention)) or trained.prefix > 0
+        houlsby = trained.bottleneck > 0 and trained.houlsby
+        after_attention = self.after_qkv or any(map(trained.trains, self.out_of_attention)) or houlsby
+        self.before_mlp = flows if shape.parallel else after_attention
+        self.inside_mlp = self.before_mlp or any(map(trained.trains, self.into_mlp))
+
+    def blocks(self) -> list[Block]:
+        shape, step = self.shape, self.step
+        c, s, h = step.widths.compute, step.widths.stream, shape.hidden_size
+        blocks: list[Block] = []
+        kept_input = False  # parallel norms read the same tensor
+        attention_names = {x.name for x in self.into_attention}
+        before = [x for x in self.norms if x.num_groups == 1 and set(x.feeds) & attention_names]
+        heads = [x for x in self.norms if x.num_groups > 1]
+        after = [x for x in self.norms if x.num_groups == 1 and x not in before]
+        for norm in before:
+            blocks.append(self.norm(norm, self.flows))
+            kept_input = self.flows
+        blocks.append(self.attention(heads))
+        blocks.append(self.leave(self.out_of_attention, self._attention_output(), h + shape.query_width))
+        for norm in after:
+            needs = self.before_mlp and not (shape.parallel and kept_input)
+            # A norm behind the MLP (Gemma 2's) has its turn before it, which makes no difference to the peak.
+            blocks.append(self.norm(norm, needs))
+        blocks += self.routed()
+        blocks.append(self.mlp())
+        beside = s * h // c + self.inner if self.inside_mlp else 0
+        blocks.append(self.leave(self.out_of_mlp, self._down_input(), beside))
+        return [block for block in blocks if block.saved or block.passing or block.gradients]
+
+    def norm(self, norm: OtherShape, needs: bool) -> Block:
+        """Reads `norm.width` values; what follows reads its output."""
+        shape, step, trained = self.shape, self.step, self.trained
+        saved = norm_saved(shape, norm, trained.full, needs, step.widths)
+        readers = sum(x.name in norm.feeds and trained.trains(x) for x in self.linears)
+        if readers:
+            # The input of the trained maps that follow: one tensor for all, under autocast one copy for each.
+            saved += step.widths.compute * norm.width * (readers if step.widths.mixed else 1)
+        passing = norm_passing(shape, norm, trained.full, step.widths) if needs else 0
+        if needs and not step.widths.mixed and step.widths.compute == 2:
+            passing += step.widths.stream * norm.width  # the residual's gradient waits in its own type
+        gradients = step.widths.weight * norm.num_parameters if trained.full else 0
+        return Block(step.tokens * saved, step.tokens * passing, gradients)
+
+    def attention(self, heads: list[OtherShape]) -> Block:
+        """q, k, v, their head norms and rotary positions, and the products."""
+        shape, step = self.shape, self.step
+        c, s, n = step.widths.compute, step.widths.stream, step.tokens
+        q, kv, h = shape.query_width, shape.kv_width, shape.hidden_size
+        saved, passing = 0, 0
+        for norm in heads:
+            saved += norm_saved(shape, norm, self.trained.full, self.after_qkv, step.widths)
+        if self.after_qkv:
+            saved += attention_saved(shape, step)
+            passing = s * h + c * (2 * q + 2 * kv)
+            if step.eager:
+                # The gradients at softmax's output and input; the product's copy of the output is gone by then.
+                kept = score_saved(shape, step.widths)
+                wide = min(kept, 4)
+                passing = s * h - c * q + shape.num_heads * step.seq_length * (2 * wide - (kept - wide))
+        prefix = self.trained.prefix * 2 * kv
+        # Prefixes stand before every sequence of the batch.
+        stretched = c * prefix * (n // step.seq_length)
+        block = self._with_maps(
+            self.into_attention, n * saved + stretched, n * passing, n * (s * h + c * (q + 2 * kv + h))
+        )
+        gradients = block.gradients + 4 * prefix
+        if self.trained.full:
+            gradients += step.widths.weight * sum(norm.num_parameters for norm in heads)
+        return Block(block.saved, block.passing, gradients)
+
+    def mlp(self) -> Block:
+        """What comes before the map that leaves the MLP: gate and up, the activation, the product."""
+        shape, step, i = self.shape, self.step, self.inner
+        c, s, h, n = step.widths.compute, step.widths.stream, shape.hidden_size, step.tokens
+        saved = passing = 0
+        if self.inside_mlp and i:
+            saved = c * i * (3 if shape.gated else _ACTIVATION_SAVES.get(shape.activation, 1))
+            passing = s * h + c * i * (3 if shape.gated else _ACTIVATION_PASSES.get(shape.activation, 2))
+        return self._with_maps(
+            self.into_mlp, n * saved, n * passing, n * (s * h + c * (i * (2 if shape.gated else 1) + h))
+        )
+
+    def routed(self) -> list[Block]:
+        """The experts of a layer that has them (transformers' grouped products): every token's rows are gathered, once
+        for each of its experts, and summed with the router's weights in float32."""
+        moe, step, trained = self.shape.moe, self.step, self.trained
+        if not self.experts or moe is None:
+            return []
+        # Autocast leaves grouped products alone: they run in the weights' own type.
+        c, s, k = step.widths.weight, step.widths.stream, moe.experts_per_token
+        h, n = self.shape.hidden_size, step.tokens
+        i, adapted = moe.intermediate_size, [x for x in self.experts if trained.full or x.name in trained.ranks]
+        saved = passing = out = 0
+        if self.before_mlp:
+            indices = 40 * k + 4 * moe.num_experts + 12
+            saved, out = 3 * c * k * i + indices, c * k * h
+            passing = s * h + 3 * c * k * i
+        if adapted:
+            saved += c * k * (h + i)
+        dense = gradients = 0
+        for x in adapted:
+            size = x.num_experts * x.in_features * x.out_features
+            if trained.full:
+                gradients += step.widths.weight * x.num_parameters
+            else:
+                gradients += (
+                    trained.adapter_width * trained.ranks[x.name] * x.num_experts * (x.in_features + x.out_features)
+                )
+            dense = max(dense, step.widths.weight * size)
+        beside = n * (s * h + 2 * c * k * i) + dense if dense else 0
+        inside = Block(n * saved, max(n * passing, beside), gradients)
+        return [inside, Block(n * out, n * (s * h + (12 + (c if c == 2 else 0)) * k * h) if out else 0, 0)]
+
+    def leave(self, linears: list[LinearShape], input_bytes: int, passing: int) -> Block:
+        """The last map of attention or MLP: its input per token, then residual (and dropout, and adapter layer)."""
+        step, h = self.step, self.shape.hidden_size
+        saved = input_bytes
+        if self.flows and linears:
+            # Dropout keeps a mask of one byte a value (CUDA; the CPU keeps it in the values' own type).
+            saved += self.shape.num_dropouts * h // 2
+        behind = self.trained.houlsby or linears is self.out_of_mlp
+        m = self.trained.bottleneck if behind else 0
+        gradients = 0
+        if m:
+            saved += step.widths.compute * (h + 2 * m)
+            gradients = 4 * (2 * h * m + m + h)
+        passing *= step.tokens * step.widths.compute
+        block = self._with_maps(linears, step.tokens * saved, passing, passing)
+        return Block(block.saved, block.passing, block.gradients + gradients)
+
+    def _attention_output(self) -> int:
+        """The output projection's input; otherwise sdpa has kept it as its own output."""
+        copied = self.step.eager or not self.after_qkv or self.shape.model_type in _COPIED_OUTPUT
+        if copied and any(map(self.trained.trains, self.out_of_attention)):
+            return self.step.widths.compute * self.shape.query_width
+        return 0
+
+    def _down_input(self) -> int:
+        shared = self.inside_mlp and self.shape.activation == "relu" and not self.shape.gated
+        if any(map(self.trained.trains, self.out_of_mlp)) and not shared:
+            return self.step.widths.compute * self.inner
+        return 0
+
+    def _with_maps(self, linears: list[LinearShape], saved: int, passing: int, beside: int) -> Block:
+        """Adds what the maps themselves keep: x A^T, half-precision copies of adapters and of float32 weights.
+
+        A gradient or a copy the size of a weight comes and goes `beside` what the maps' own backward holds."""
+        widths, trained = self.step.widths, self.trained
+        gradients, dense = 0, 0
+        for x in linears:
+            n = x.in_features * x.out_features
+            if trained.full:
+                gradients += widths.weight * x.num_parameters
+            elif x.name in trained.ranks:
+                r = trained.ranks[x.name]
+                size = r * (x.in_features + x.out_features)
+                saved += self.step.tokens * widths.compute * r
+                if widths.compute < trained.adapter_width:
+                    saved += widths.compute * size
+                if trained.magnitudes:
+                    saved += self.step.tokens * widths.compute * x.out_features
+                    size += x.out_features
+                    dense = max(dense, 8 * n)  # W + s B A and its square, for the norm of each output
+                gradients += trained.adapter_width * size
+            if widths.mixed and (self.flows or trained.trains(x) or self.after_qkv):
+                saved += widths.compute * n  # autocast's copy, kept for the gradient of the input
+            if self.step.quantised:
+                dense = max(dense, widths.compute * n)  # dequantised anew in backward
+            if trained.full:
+                dense = max(dense, widths.weight * n)
+        return Block(saved, max(passing, beside + dense if dense else 0), gradients)
+
+
+def _is_in(part: Part, index: int) -> bool:
+    return part.layers is None or index in part.layers
+
+
+def norm_saved(shape: ModelShape, norm: OtherShape, full: bool, needs: bool, widths: Widths) -> int:
+    """Bytes per token that a norm's backward reads."""
+    if not needs:
+        return 0
+    if shape.norm_kind == "rms":
+        # x.float(), read by pow and by the product with rsqrt: a float32 copy, or x itself when it is float32.
+        total = 4 * norm.width + 4 * norm.num_groups
+        # weight * normalised: a trained weight needs the normalised x.
+        return total + (_normalised(shape, widths) * norm.width if full else 0)
+    return widths.stream * norm.width + 8 * norm.num_groups  # its input, mean and 1 / deviation
+
+
+def norm_passing(shape: ModelShape, norm: OtherShape, full: bool, widths: Widths) -> int:
+    """Bytes per token that a norm's backward holds: written out in Python, an RMS norm has five float32 tensors."""
+    if shape.norm_kind == "rms":
+        return 20 * norm.width - (_normalised(shape, widths) * norm.width if full else 0)
+    return 2 * widths.stream * norm.width
+
+
+def _normalised(shape: ModelShape, widths: Widths) -> int:
+    return 4 if shape.model_type.startswith("gemma") else widths.stream
+
+
+def attention_saved(shape: ModelShape, step: Step) -> int:
+    """Bytes per token that the products of attention keep."""
+    q, kv, c = shape.query_width, shape.kv_width, step.widths.compute
+    if shape.model_type == "falcon" and 1 < shape.num_kv_heads < shape.num_heads:
+        kv = q  # Falcon's grouped heads are broadcast to full width before attention
+    if step.eager:
+        # k and v repeated to every head or put in order; the scores come on top.
+        return c * 3 * q + shape.num_heads * step.seq_length * (
+            score_saved(shape, step.widths) + (c if shape.softcap else 0)
+        )
+    # Rotated q and k are new tensors; v stays a view, so a fused map's whole output stays with it.
+    fused = (q + kv) if shape.fused_qkv and shape.rotary else 0
+    # scaled_dot_product_attention keeps q, k, v, its output and a float32 logsumexp per head.
+    return c * (q + 2 * kv + fused + q) + 4 * shape.num_heads
+
+
+def score_saved(shape: ModelShape, widths: Widths) -> int:
+    """Bytes that eager attention keeps of one score: softmax's result, and the copy that the product reads."""
+    if widths.compute == 4 or (shape.model_type in _NARROW_SOFTMAX and not widths.mixed):
+        return widths.compute
+    return 4 + widths.compute
+
+
+# Softmax in the type of the scores; the others compute it in float32. Autocast does so for all.
+_NARROW_SOFTMAX = ("bert", "deberta-v2", "distilbert", "falcon", "gpt2", "modernbert", "roberta", "t5")
+
+# Partial rotary positions put q together anew, head by head; sdpa answers in that layout, and the output
+# projection reads a copy in its own.
+_COPIED_OUTPUT = ("phi", "phi3", "gpt_neox")
+
+# What an activation function's own operations keep, and hold while they go back, in multiples of its width.
+_ACTIVATION_SAVES = {
+    "relu": 1,  # its result
+    "gelu_new": 4,  # x, tanh(...), 1 + tanh(...), x / 2: written out in Python
+    "gelu_fast": 6,
+    "quick_gelu": 2,  # x and the sigmoid
+}
+_ACTIVATION_PASSES = {"gelu_new": 3, "gelu_fast": 3, "quick_gelu": 3}

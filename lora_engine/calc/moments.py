@@ -1,0 +1,173 @@
+"""The moments of a training step at which memory can be highest, each with what is alive then.
+
+Backward undoes the forward pass from the last layer to the first: activations go, gradients come. Layers that are
+alike give sums that grow or shrink evenly from one to the next, so the first and the last of a run are enough.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lora_engine.calc.blocks import Block, Step, Trained, layer_blocks, norm_passing, norm_saved
+from lora_engine.calc.structure import ModelShape, Part
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes alive beside weights, adapters and optimizer state. `name`: "loss", "head", "backward", "embedding" or
+    "optimizer"."""
+
+    name: str
+    gradients: int
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.logits + self.overhead
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method trains, as memory sees it. `layer(i)` is what it trains inside layer i; `outer` names the maps
+    outside the layers that it adapts, each with its rank; `all_gradients` is the bytes of every gradient."""
+
+    layer: Callable[[int], Trained]
+    outer: dict[str, int]
+    full: bool
+    head: bool
+    all_gradients: int
+    adapter_width: int = 4
+
+
+@dataclass(frozen=True)
+class _Run:
+    """`count` layers that are alike, from below to above."""
+
+    blocks: tuple[Block, ...]
+    count: int
+
+    @property
+    def saved(self) -> int:
+        return sum(block.saved for block in self.blocks)
+
+    @property
+    def gradients(self) -> int:
+        return sum(block.gradients for block in self.blocks)
+
+
+def moments(
+    shape: ModelShape, plan: Plan, step: Step, *, labelled_share: float, checkpointing: bool, accumulation: int
+) -> Iterator[Moment]:
+    """Every moment that can be the peak of a step, in order."""
+    widths, tokens = step.widths, step.tokens
+    batch = tokens // step.seq_length
+    rows = round(batch * (step.seq_length - 1) * labelled_share) if shape.output_head else 0
+    # Token ids, positions and targets; rotary tables.
+    always = 24 * tokens + (2 * widths.stream * step.seq_length * shape.head_dim if shape.rotary else 0)
+    held = plan.all_gradients if accumulation > 1 else 0
+    runs = layer_runs(shape, plan, step, checkpointing)
+    if checkpointing and step.eager:
+        always += widths.weight * batch * step.seq_length**2  # the mask, which every layer is given again
+    inputs = tokens * widths.stream * shape.hidden_size if checkpointing else 0
+    kept = sum(run.count * (inputs or run.saved) for run in runs)
+    flows = any(run.saved or run.gradients for run in runs) or plan.full
+    outside, tail_passing, outer_gradients = _outside(shape, plan, step, rows, flows)
+
+    def moment(name: str, gradients: int, activations: int, logits: int, overhead: int) -> Moment:
+        return Moment(name, held or gradients, activations, logits, always + overhead)
+
+    # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its input
+    # beside it (4 + 4). The half-precision logits are gone by then, unless a tanh reads them again.
+    every = widths.compute * shape.vocab_size * tokens
+    capped = every if shape.softcap else 0
+    head_copy = widths.compute * shape.vocab_size * shape.hidden_size if widths.mixed and shape.output_head else 0
+    yield moment("loss", 0, kept + outside, 12 * shape.vocab_size * rows + capped, head_copy)
+    if shape.output_head and not shape.plain_head:
+        # Logits of every token were made and the labelled ones picked: their gradient goes back into the room of all.
+        yield moment(
+            "loss", 0, kept + outside, widths.compute * shape.vocab_size * rows + capped + 2 * every, head_copy
+        )
+    head_gradient = (widths.weight if plan.full else 4) * _head_parameters(shape) if plan.full or plan.head else 0
+    # A tied head's gradient waits for the embedding's, also where gradients of earlier micro-batches are held.
+    waiting = head_gradient if plan.full and shape.tied else 0
+    always += waiting if held else 0
+    done = outer_gradients
+    if head_gradient:
+        logits = widths.compute * shape.vocab_size * rows + capped
+        passing = rows * widths.compute * shape.hidden_size + (held and head_gradient) - (held and waiting)
+        # Under autocast the gradient is made in half precision; the weight's own copy is gone by then.
+        yield moment("head", head_gradient, kept + outside, logits, head_copy + passing)
+        done += head_gradient
+    yield moment("backward", done, kept + outside, 0, tail_passing)
+    for run in reversed(runs):
+        kept -= run.count * (inputs or run.saved)
+        for place in {run.count - 1, 0}:
+            before = done + run.gradients * (run.count - 1 - place)
+            below = kept + place * (inputs or run.saved) + inputs
+            yield from _backward(run, moment, before, below)
+        done += run.gradients * run.count
+    if plan.full:
+        tables = [widths.weight * part.num_parameters for part in shape.others if part.kind == "embedding"]
+        table = sum(tables)
+        passing = tokens * widths.stream * shape.hidden_size + (max(tables) if held else 0)
+        if shape.tied:
+            passing += waiting  # the head's gradient, the embedding's, and their sum
+        yield moment("embedding", done + table, 0, 0, passing)
+    yield Moment("optimizer", plan.all_gradients, 0, 0, always)
+
+
+def _backward(run: _Run, moment: Callable[..., Moment], done: int, below: int) -> Iterator[Moment]:
+    here = run.saved
+    for block in reversed(run.blocks):
+        yield moment("backward", done, below + here, 0, block.passing)
+        here -= block.saved
+        done += block.gradients
+
+
+def layer_runs(shape: ModelShape, plan: Plan, step: Step, checkpointing: bool) -> list[_Run]:
+    """The layers from below to above, those that are alike and adjoin taken together."""
+    # Checkpointing asks for gradients at the embedding's output, so that they reach every layer.
+    flows = plan.full or checkpointing or any(name.endswith("project_in") for name in plan.outer)
+    parts: tuple[Part, ...] = (*shape.linears, *shape.others, *shape.experts)
+    partial = [part.layers for part in parts if part.layers is not None]
+    runs: list[_Run] = []
+    last: object = None
+    for i in range(shape.num_layers):
+        trained = plan.layer(i)
+        alike = (trained, flows, tuple(i in layers for layers in partial))
+        if alike == last:
+            runs[-1] = _Run(runs[-1].blocks, runs[-1].count + 1)
+        else:
+            runs.append(_Run(tuple(layer_blocks(shape, i, trained, flows, step)), 1))
+            last = alike
+        flows = flows or trained.anything
+    return runs
+
+
+def _head_parameters(shape: ModelShape) -> int:
+    return next((x.in_features * x.out_features for x in shape.linears if x.name == shape.output_head), 0)
+
+
+def _outside(shape: ModelShape, plan: Plan, step: Step, rows: int, flows: bool) -> tuple[int, int, int]:
+    """(saved, passing at the last norm, gradients) of what stands outside the layers, in bytes."""
+    widths, saved, passing, gradients = step.widths, 0, 0, 0
+    for part in shape.others:
+        if part.kind != "norm" or part.per_layer:
+            continue
+        saved += step.tokens * norm_saved(shape, part, plan.full, flows, widths)
+        passing = max(passing, step.tokens * norm_passing(shape, part, plan.full, widths))
+        gradients += widths.weight * part.num_parameters if plan.full else 0
+    for linear in shape.linears:
+        if linear.per_layer or linear.group == "attention":
+            continue
+        at = rows if linear.name == shape.output_head else step.tokens
+        if plan.full or (plan.head and linear.name == shape.output_head):
+            saved += at * widths.compute * linear.in_features
+        elif linear.name in plan.outer:
+            r = plan.outer[linear.name]
+            saved += at * widths.compute * (linear.in_features + r)
+            gradients += plan.adapter_width * r * (linear.in_features + linear.out_features)
+    # On the way out of the head: its rows' gradient, and twice the room of every token to put it into.
+    into_rows = step.widths.stream * shape.hidden_size * (rows + 2 * step.tokens)
+    return saved, max(passing, into_rows) if flows else 0, gradients
