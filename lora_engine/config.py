@@ -200,7 +200,7 @@ METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
 
 # The learning rate where none is given: good ones of a few, two to a decade, over short runs of the bundled
 # customer-support set and of a classifier on the embedded model.
-DEFAULT_LRS = {"full": 3e-4, "lora": 3e-3, "head": 3e-3, "bottleneck": 3e-3, "prefix": 1e-2, "ia3": 3e-2}
+DEFAULT_LRS = {"full": 3e-4, "lora": 3e-3, "head": 3e-3, "bottleneck": 3e-3, "prefix": 1e-2, "ia3": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
