@@ -14,9 +14,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, masking_utils
 from transformers.integrations import moe
 
+from lora_engine.calc.structure import ENCODERS
 from lora_engine.config import MethodConfig, TrainConfig
 from lora_engine.methods import inject
 from lora_engine.training.base import autocast_of, prepare_model, weight_dtype
@@ -101,7 +102,8 @@ def trace_step(
     Raises TargetError, ConfigError, and ModelLoadError for a config that transformers cannot build."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=weight_dtype(train), attn_implementation=attention)
+        kind: Any = AutoModelForMaskedLM if config.model_type in ENCODERS else AutoModelForCausalLM
+        model: Any = kind.from_config(config, dtype=weight_dtype(train), attn_implementation=attention)
         prepare_model(model, train)
     inject(model, method)
     _make_fake(model, fake)
@@ -130,6 +132,11 @@ def _grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: 
     return product
 
 
+def _softmax(scores: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    """As CUDA's autocast has it, in float32; the CPU's leaves softmax in half precision."""
+    return torch.softmax(scores, dim, torch.float32 if torch.is_autocast_enabled("cpu") else dtype)
+
+
 @contextlib.contextmanager
 def _plain_transformers() -> Iterator[None]:
     """Where transformers or torch would ask a fake tensor what it cannot say: a batch of ours is never packed, which
@@ -137,6 +144,7 @@ def _plain_transformers() -> Iterator[None]:
     with (
         mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
         mock.patch.object(moe, "_grouped_mm", _grouped_mm),
+        mock.patch.object(nn.functional, "softmax", _softmax),
     ):
         yield
 
