@@ -91,14 +91,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("count", "count trainable parameters", method)
     sub.add_argument("model", nargs="?", default="embedded")
 
-    sub = add("memory", "estimate memory for training and inference", method)
+    step = _Parser(add_help=False)
+    step.add_argument("--precision", default="bf16", choices=PRECISIONS)
+    step.add_argument("--batch", type=int, default=1)
+    step.add_argument("--seq", type=int, default=512)
+    step.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
+    step.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
+    step.add_argument("--checkpointing", action="store_true")
+    step.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+
+    sub = add("memory", "estimate memory for training and inference", method, step)
     sub.add_argument("model", nargs="?", default="embedded")
-    sub.add_argument("--precision", default="bf16", choices=PRECISIONS)
-    sub.add_argument("--batch", type=int, default=1)
-    sub.add_argument("--seq", type=int, default=512)
-    sub.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
-    sub.add_argument("--checkpointing", action="store_true")
-    sub.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+
+    sub = add("trace", "trace the memory of a step of any transformers model, allocating nothing", method, step)
+    sub.add_argument("model", nargs="?", default="embedded")
 
     sub = add("data", "check a dataset: what is kept, what is trained on")
     sub.add_argument("file")

@@ -40,6 +40,7 @@ def memory(arguments: argparse.Namespace) -> Output:
         "optimizer": arguments.optimizer,
         "checkpointing": arguments.checkpointing,
         "attention": arguments.attention,
+        "accumulation": arguments.accumulation,
     }
     estimate = estimate_memory(shape, method, **settings)
     gpus = fit_gpus(shape, method, **settings)

@@ -7,19 +7,24 @@ Kernels are the CPU's. `lora_engine.calc.memory` answers at once and is held aga
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, masking_utils
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, masking_utils
 from transformers.integrations import moe
 
+from lora_engine.assets_path import asset_path
+from lora_engine.calc.catalog import CATALOG, find_model
 from lora_engine.calc.structure import ENCODERS
 from lora_engine.config import LoraConfig, MethodConfig, TrainConfig
+from lora_engine.errors import InputError, ModelLoadError, NotFoundError
 from lora_engine.methods import inject
 from lora_engine.methods.places import transformer_layers
 from lora_engine.training.base import autocast_of, prepare_model, weight_dtype
@@ -94,6 +99,36 @@ class CategoryBytes(LiveBytes):
         self._filed[key] = (category, size)
         self.live[old] -= size
         self.live[category] = self.live.get(category, 0) + size
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """transformers' config of "embedded", a folder, a path to a config.json, or a name from the catalog.
+
+    Raises ModelLoadError when transformers does not know the architecture, NotFoundError for an unknown name."""
+    path = asset_path("base") if model == "embedded" else Path(model).expanduser()
+    try:
+        if path.is_dir():
+            path = path / "config.json"
+        if path.is_file():
+            facts = json.loads(path.read_text(encoding="utf-8-sig"))
+        else:
+            hub_id = find_model(model)
+            if hub_id is None:
+                raise NotFoundError(
+                    f"model is {model[:200]!r}; allowed: embedded, a folder with config.json, a path to a config.json, "
+                    "or a name from the catalog."
+                )
+            facts = CATALOG[hub_id]
+        facts = dict(facts)
+        config: PreTrainedConfig = CONFIG_MAPPING[facts.pop("model_type")](**facts)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelLoadError(
+            f"model is {model[:200]!r}; transformers cannot read its config: {reason[:200]}"
+        ) from error
+    return config
 
 
 def trace_memory(
