@@ -218,35 +218,44 @@ def run_formula(count: int = 300) -> dict[str, Any]:
 
 
 MEDIUM = (768, 12, 4, 2048, 32000)
-BILLION = (2048, 32, 8, 5632, 32000)  # 22 layers: TinyLlama's own sizes but for the heads
+GPT2 = (768, 12, 12, 3072, 50257)
+EXPERTS = (512, 8, 2, 1024, 8000)
+BILLION = (2048, 32, 8, 5632, 32000)  # 22 layers: nearly TinyLlama
+
+
+def _step(precision: str, batch_size: int, max_length: int, *, checkpointing: bool = False) -> TrainConfig:
+    return TrainConfig(precision=precision, batch_size=batch_size, max_length=max_length, checkpointing=checkpointing)
+
+
+_ATTENTION = LoraConfig(r=8, target_modules="attention")
 MEASURED = [
-    Case("llama", MEDIUM, 6, LoraConfig(r=8), TrainConfig(precision="fp32", batch_size=2, max_length=256)),
-    Case("llama", MEDIUM, 6, LoraConfig(r=8), TrainConfig(precision="bf16", batch_size=2, max_length=256)),
-    Case("llama", MEDIUM, 6, LoraConfig(r=64), TrainConfig(precision="mixed-bf16", batch_size=2, max_length=256)),
-    Case("llama", MEDIUM, 6, FullConfig(), TrainConfig(precision="fp32", batch_size=2, max_length=128)),
-    Case("llama", MEDIUM, 6, FullConfig(), TrainConfig(precision="bf16", batch_size=2, max_length=128)),
-    Case("llama", MEDIUM, 6, FullConfig(), TrainConfig(precision="bf16", batch_size=4, max_length=512, checkpointing=True)),
-    Case("llama", MEDIUM, 12, LoraConfig(r=8, use_dora=True), TrainConfig(precision="bf16", batch_size=2, max_length=256)),
-    Case("llama", MEDIUM, 6, LoraConfig(r=8), TrainConfig(precision="fp32", batch_size=1, max_length=512), "eager"),
-    Case("llama", MEDIUM, 6, LoraConfig(r=8), TrainConfig(precision="bf16", batch_size=2, max_length=256), "sdpa", 0.3),
-    Case("llama", MEDIUM, 6, HeadConfig(), TrainConfig(precision="fp32", batch_size=2, max_length=256)),
-    Case("llama", MEDIUM, 6, BottleneckConfig(), TrainConfig(precision="fp32", batch_size=2, max_length=256)),
-    Case("llama", MEDIUM, 6, PrefixConfig(), TrainConfig(precision="fp32", batch_size=2, max_length=256)),
-    Case("llama", MEDIUM, 6, IA3Config(), TrainConfig(precision="fp32", batch_size=2, max_length=256)),
-    Case("gpt2", (768, 12, 12, 3072, 50257), 12, LoraConfig(r=8), TrainConfig(precision="bf16", batch_size=2, max_length=256)),
-    Case("gpt2", (768, 12, 12, 3072, 50257), 12, FullConfig(), TrainConfig(precision="fp32", batch_size=1, max_length=256)),
-    Case("phi3", MEDIUM, 6, LoraConfig(r=16), TrainConfig(precision="bf16", batch_size=2, max_length=256)),
-    Case("gemma", (1024, 8, 1, 4096, 64000), 4, LoraConfig(r=8), TrainConfig(precision="bf16", batch_size=1, max_length=256)),
-    Case("qwen3", MEDIUM, 6, LoraConfig(r=8), TrainConfig(precision="fp32", batch_size=2, max_length=256)),
-    Case("gpt_neox", MEDIUM, 6, FullConfig(), TrainConfig(precision="bf16", batch_size=2, max_length=256)),
-    Case("opt", MEDIUM, 6, LoraConfig(r=8), TrainConfig(precision="fp32", batch_size=2, max_length=256)),
-    Case("mixtral", (512, 8, 2, 1024, 8000), 4, LoraConfig(r=8, target_modules="attention"), TrainConfig(precision="bf16", batch_size=2, max_length=128)),
-    Case("mixtral", (512, 8, 2, 1024, 8000), 4, FullConfig(), TrainConfig(precision="bf16", batch_size=2, max_length=128)),
-    Case("bert", MEDIUM, 6, LoraConfig(r=8), TrainConfig(precision="fp32", batch_size=4, max_length=128)),
-    Case("llama", BILLION, 22, LoraConfig(r=8), TrainConfig(precision="bf16", batch_size=1, max_length=256)),
-    Case("llama", BILLION, 22, LoraConfig(r=64), TrainConfig(precision="bf16", batch_size=2, max_length=256, checkpointing=True)),
-    Case("llama", BILLION, 22, LoraConfig(r=8, target_modules="attention"), TrainConfig(precision="fp32", batch_size=1, max_length=128)),
-]  # fmt: skip
+    Case("llama", MEDIUM, 6, LoraConfig(r=8), _step("fp32", 2, 256)),
+    Case("llama", MEDIUM, 6, LoraConfig(r=8), _step("bf16", 2, 256)),
+    Case("llama", MEDIUM, 6, LoraConfig(r=64), _step("mixed-bf16", 2, 256)),
+    Case("llama", MEDIUM, 6, FullConfig(), _step("fp32", 2, 128)),
+    Case("llama", MEDIUM, 6, FullConfig(), _step("bf16", 2, 128)),
+    Case("llama", MEDIUM, 6, FullConfig(), _step("bf16", 4, 512, checkpointing=True)),
+    Case("llama", MEDIUM, 12, LoraConfig(r=8, use_dora=True), _step("bf16", 2, 256)),
+    Case("llama", MEDIUM, 6, LoraConfig(r=8), _step("fp32", 1, 512), "eager"),
+    Case("llama", MEDIUM, 6, LoraConfig(r=8), _step("bf16", 2, 256), "sdpa", 0.3),
+    Case("llama", MEDIUM, 6, HeadConfig(), _step("fp32", 2, 256)),
+    Case("llama", MEDIUM, 6, BottleneckConfig(), _step("fp32", 2, 256)),
+    Case("llama", MEDIUM, 6, PrefixConfig(), _step("fp32", 2, 256)),
+    Case("llama", MEDIUM, 6, IA3Config(), _step("fp32", 2, 256)),
+    Case("gpt2", GPT2, 12, LoraConfig(r=8), _step("bf16", 2, 256)),
+    Case("gpt2", GPT2, 12, FullConfig(), _step("fp32", 1, 256)),
+    Case("phi3", MEDIUM, 6, LoraConfig(r=16), _step("bf16", 2, 256)),
+    Case("gemma", (1024, 8, 1, 4096, 64000), 4, LoraConfig(r=8), _step("bf16", 1, 256)),
+    Case("qwen3", MEDIUM, 6, LoraConfig(r=8), _step("fp32", 2, 256)),
+    Case("gpt_neox", MEDIUM, 6, FullConfig(), _step("bf16", 2, 256)),
+    Case("opt", MEDIUM, 6, LoraConfig(r=8), _step("fp32", 2, 256)),
+    Case("mixtral", EXPERTS, 4, _ATTENTION, _step("bf16", 2, 128)),
+    Case("mixtral", EXPERTS, 4, FullConfig(), _step("bf16", 2, 128)),
+    Case("bert", MEDIUM, 6, LoraConfig(r=8), _step("fp32", 4, 128)),
+    Case("llama", BILLION, 22, LoraConfig(r=8), _step("bf16", 1, 256)),
+    Case("llama", BILLION, 22, LoraConfig(r=64), _step("bf16", 2, 256, checkpointing=True)),
+    Case("llama", BILLION, 22, _ATTENTION, _step("fp32", 1, 128)),
+]
 
 
 def predict() -> Path:
