@@ -4,9 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lora_engine.calc.scales import scaled_maps
 from lora_engine.calc.structure import ExpertShape, LinearShape, ModelShape
 from lora_engine.calc.targets import Selection, select_linears
-from lora_engine.config import BottleneckConfig, FullConfig, HeadConfig, LoraConfig, MethodConfig, PrefixConfig
+from lora_engine.config import (
+    BottleneckConfig,
+    FullConfig,
+    HeadConfig,
+    IA3Config,
+    LoraConfig,
+    MethodConfig,
+    PrefixConfig,
+)
 from lora_engine.errors import TargetError
 
 # PEFT's keys: base_model.model.<module>.lora_A.weight (export.peft_format).
@@ -210,6 +219,16 @@ def _prefix_values(shape: ModelShape, config: PrefixConfig) -> int:
     return config.prefix_length * 2 * shape.num_layers * shape.kv_width
 
 
+def _ia3(shape: ModelShape, config: IA3Config) -> Counted:  # noqa: ARG001
+    """A scale per key and value, and per input of the MLP's last map (Liu et al. 2022, section 3.3)."""
+    outputs, inputs = scaled_maps(shape)
+    sides = [(x, x.out_features) for x in outputs] + [(x, x.in_features) for x in inputs]
+    return [
+        _module(x.name, x.count, (x.in_features, x.out_features), x.count * side, [f"{x.count} x {side}"])
+        for x, side in sides
+    ], []
+
+
 # Each method's counter. A method more is a line more.
 COUNTERS: dict[str, Callable[[ModelShape, Any], Counted]] = {
     "lora": _lora,
@@ -217,6 +236,7 @@ COUNTERS: dict[str, Callable[[ModelShape, Any], Counted]] = {
     "head": _head,
     "bottleneck": _bottleneck,
     "prefix": _prefix,
+    "ia3": _ia3,
 }
 
 
