@@ -14,15 +14,17 @@ COLUMNS = {
     "model": st.column_config.TextColumn("Model"),
     "method": st.column_config.TextColumn("Method"),
     "r": st.column_config.NumberColumn("Rank (r)", format="%d"),
+    "predicted_mib": st.column_config.NumberColumn("Predicted", format="%.1f MiB"),
+    "measured_mib": st.column_config.NumberColumn("Measured", format="%.1f MiB"),
+    "error_percent": st.column_config.NumberColumn(
+        "Off by", format="%+.2f %%", help="Measured minus predicted, in percent of the predicted."
+    ),
+    "kind": st.column_config.TextColumn("Measured as"),
+    "reserved_mib": st.column_config.NumberColumn("Reserved", format="%.1f MiB"),
     "precision": st.column_config.TextColumn("Precision"),
     "batch_size": st.column_config.NumberColumn("Batch"),
     "max_length": st.column_config.NumberColumn("Tokens, at most"),
     "device": st.column_config.TextColumn("Device"),
-    "predicted_mib": st.column_config.NumberColumn("Predicted", format="%.1f MiB"),
-    "measured_mib": st.column_config.NumberColumn("Measured", format="%.1f MiB"),
-    "error_percent": st.column_config.NumberColumn("Measured − predicted", format="%+.2f %%"),
-    "kind": st.column_config.TextColumn("Measured as"),
-    "reserved_mib": st.column_config.NumberColumn("Reserved", format="%.1f MiB"),
     "run_id": st.column_config.TextColumn("Run"),
 }
 
@@ -44,7 +46,7 @@ def kind_sentences(frame: pd.DataFrame) -> list[str]:
     if frame["kind"].nunique() < 2:
         return []
     return [
-        f"{KIND_WORDS.get(str(kind), str(kind)).capitalize()}, {plural(len(rows), 'run')}: "
+        f"{plural(len(rows), 'run')}, {KIND_WORDS.get(str(kind), str(kind))}: "
         f"{format_percent(rows['error_percent'].abs().median())} in the median, "
         f"{format_percent(rows['error_percent'].abs().max())} at worst."
         for kind, rows in frame.groupby("kind")

@@ -2,7 +2,7 @@
 
 import cache
 import streamlit as st
-from formatting import format_bytes, format_duration, format_flops, format_percent, format_watt_hours, plural
+from formatting import format_bytes, format_duration, format_flops, format_number, format_watt_hours, plural
 from state import Settings
 
 from lora_engine import calc
@@ -27,7 +27,7 @@ def show_compute(settings: Settings) -> None:
     energy = calc.estimate_energy_watt_hours(steps * seconds, card)
     left.markdown(
         f"A step takes **{format_flops(flops.total)}**, {format_flops(flops.per_token)} a token: about "
-        f"**{format_duration(seconds)}** on {settings.card} at {format_percent(100 * UTILISATION)} of its peak. "
+        f"**{format_duration(seconds)}** on {settings.card} at {format_number(100 * UTILISATION)} % of its peak. "
         f"{plural(steps, 'step')}: {format_duration(steps * seconds)} and at most "
         f"**{format_watt_hours(energy)}**."
     )
@@ -41,7 +41,7 @@ def show_compute(settings: Settings) -> None:
             f"{settings.card}: {format_flops(rate)} a second in {settings.precision} by its data sheet, "
             f"{card.power_watts} W at most. A step is never shorter than reading "
             f"{format_bytes(moved)} of weights from its memory. Small models and batches reach far less than "
-            f"{format_percent(100 * UTILISATION)}; runs on the Fine-tune page show what yours reaches."
+            f"{format_number(100 * UTILISATION)} %; runs on the Fine-tune page show what yours reaches."
         )
 
 

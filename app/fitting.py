@@ -74,6 +74,7 @@ def _limits(settings: Settings, room: int) -> None:
     found = cache.limits(settings.model, settings.method, settings.precision, settings.memory_options, room)
     shape = cache.shape(settings.model)
     context = found["seq"] == shape.max_positions
+    whole = found["r"] == max(min(x.in_features, x.out_features) for x in shape.linears)
     figures(
         [
             (
@@ -86,7 +87,11 @@ def _limits(settings: Settings, room: int) -> None:
                 _largest(found["seq"], 0),
                 "tokens, the model's context" if context else f"tokens, {plural(settings.batch_size, 'sequence')}",
             ),
-            ("Largest rank", _largest(found["r"], 0), f"in {settings.targets_word}"),
+            (
+                "Largest rank",
+                _largest(found["r"], 0),
+                "no weight takes more" if whole else f"in {settings.targets_word}",
+            ),
         ]
     )
 
@@ -124,11 +129,11 @@ def _changes(settings: Settings, room: int) -> None:
 
 
 CHANGE_COLUMNS: dict[str, Any] = {
-    "words": st.column_config.TextColumn("Change", width="large"),
+    "words": "Change",
     "saves": "Saves",
     "then": "Then needs",
     "fits": "Fits",
-    "cost": st.column_config.TextColumn("What it costs", width="medium"),
+    "cost": "What it costs",
 }
 
 

@@ -81,12 +81,10 @@ def _targets(model: str) -> tuple[str, str | tuple[str, ...]]:
 def _more(model: str) -> dict[str, Any]:
     longest = cache.shape(model).max_positions
     with st.expander("Batch, length and optimizer"):
-        batch = st.number_input("Sequences a step (batch)", 1, 4096, 8, key=state.BATCH, bind=URL)
+        batch = st.number_input("Sequences a micro-batch (batch)", 1, 4096, 8, key=state.BATCH, bind=URL)
         seq = st.number_input("Tokens a sequence, at most", 8, 1_048_576, 128, step=8, key=state.SEQ, bind=URL)
         if longest and seq > longest:
-            st.caption(
-                f"{model_word(model)[:1].upper() + model_word(model)[1:]} was made for at most {longest:,} tokens."
-            )
+            st.caption(f"Longer than the context of {model_word(model)}, {longest:,} tokens.")
         accumulation = st.number_input(
             "Micro-batches a step (accumulation)", 1, 4096, 1, key=state.ACCUMULATION, bind=URL,
             help="Gradients of so many batches are added up before the weights move. Held all the while.",

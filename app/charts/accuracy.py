@@ -37,16 +37,17 @@ def plot_predicted_measured(table: pd.DataFrame) -> go.Figure:
     ]
     groups: list[tuple[Any, pd.DataFrame]] = list(table.groupby(["method", "kind"], sort=True))
     kinds = sorted(set(table["kind"]))
+    named: set[str] = set()
     for (method, kind), rows in groups:
-        name = str(method) if len(kinds) == 1 else f"{method}, {KIND_WORDS.get(kind, kind)}"
         traces.append(
             {
                 "type": "scatter",
                 "x": [value / divisor for value in rows["predicted_bytes"]],
                 "y": [value / divisor for value in rows["measured_bytes"]],
                 "mode": "markers",
-                "name": name,
-                "showlegend": len(groups) > 1,
+                "name": str(method),
+                "legendgroup": str(method),
+                "showlegend": table["method"].nunique() > 1 and method not in named,
                 "marker": {
                     "size": 9,
                     "color": METHOD_COLOURS.get(str(method), GREY),
@@ -57,6 +58,7 @@ def plot_predicted_measured(table: pd.DataFrame) -> go.Figure:
                 "hovertemplate": "%{customdata}<extra></extra>",
             }
         )
+        named.add(method)
     word = KIND_WORDS.get(kinds[0], kinds[0]) if len(kinds) == 1 else "measured"
     layout = chart_layout(height=420, x=f"Predicted peak ({unit})", y=f"Measured peak, {word} ({unit})")
     layout["annotations"] = [
@@ -73,8 +75,16 @@ def plot_predicted_measured(table: pd.DataFrame) -> go.Figure:
     ]
     span = [_place(edge / divisor, log) for edge in edges]
     for axis in ("xaxis", "yaxis"):
-        layout[axis] |= {"range": span} | ({"type": "log", "dtick": "D2"} if log else {"rangemode": "tozero"})
+        layout[axis] |= {"range": span} | (_log_ticks(*span) if log else {"rangemode": "tozero"})
     return go.Figure({"data": traces, "layout": layout})
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 of each decade, at 1 alone over more than three; `low` and `high` are logarithms."""
+    digits = (1, 2, 5) if high - low <= 3 else (1,)
+    values = [d * 10.0**p for p in range(math.floor(low), math.ceil(high) + 1) for d in digits]
+    shown = [value for value in values if low <= math.log10(value) <= high]
+    return {"type": "log", "tickvals": shown, "ticktext": [f"{value:g}" for value in shown]}
 
 
 def _place(value: float, log: bool) -> float:

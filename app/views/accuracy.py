@@ -37,6 +37,8 @@ with left:
         name="predicted_measured",
         alt=f"Measured peak memory of {plural(len(frame), 'run')} against what was predicted, with the diagonal.",
     )
+    if frame["kind"].nunique() > 1:
+        st.caption("Filled: allocated on the card. Open: tensor bytes on the CPU.")
 with right:
     st.subheader("Errors", anchor=False)
     errors = charts.error_table(list(frame["error_percent"]))

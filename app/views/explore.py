@@ -36,7 +36,6 @@ dial.mount(
     key=state.DIAL,
     on_release=state.apply_dial,
 )
-rank_notes(settings)
 
 left, right = st.columns(2, gap="large")
 with left:
@@ -69,6 +68,7 @@ with right:
         alt=f"Trainable parameters against rank on logarithmic axes for {settings.targets_word}; "
         f"rank {settings.r} is marked.",
     )
+    rank_notes(settings)
 
 show_fits(settings)
 show_compute(settings)

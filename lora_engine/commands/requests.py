@@ -35,9 +35,7 @@ def method_of(arguments: argparse.Namespace) -> MethodConfig:
         "lora": lambda: LoraConfig(
             r=arguments.r,
             lora_alpha=arguments.alpha if arguments.alpha is not None else 2.0 * arguments.r,
-            target_modules=parse_targets(arguments.targets)
-            if arguments.targets or not arguments.target_parameters
-            else (),
+            target_modules=() if only_parameters else parse_targets(arguments.targets),
             use_rslora=arguments.rslora,
             use_dora=arguments.dora,
             layers_to_transform=arguments.layers,
