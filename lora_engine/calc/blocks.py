@@ -35,7 +35,8 @@ class Trained:
     """What is trained inside a layer: `ranks` gives each adapted linear its rank; or everything (`full`).
 
     `bottleneck` is the inner width of adapter layers (0: none), which sit behind the attention's and the MLP's last
-    map ("houlsby") or the MLP's alone; `prefix` the number of trained key-value pairs."""
+    map (`houlsby`) or the MLP's alone; `prefix` the number of trained key-value pairs; `scales`: (IA)^3's, on keys,
+    values and the MLP's inner activations."""
 
     ranks: Mapping[str, int]
     full: bool = False
@@ -44,10 +45,16 @@ class Trained:
     bottleneck: int = 0
     houlsby: bool = False
     prefix: int = 0
+    scales: bool = False
 
     @property
     def anything(self) -> bool:
-        return self.full or bool(self.ranks or self.bottleneck or self.prefix)
+        return self.full or self.scales or bool(self.ranks or self.bottleneck or self.prefix)
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether it changes keys and values themselves, beside the maps."""
+        return self.scales or self.prefix > 0
 
     def trains(self, linear: LinearShape) -> bool:
         return self.full or linear.name in self.ranks
@@ -92,7 +99,8 @@ class _Layer:
         self.out_of_attention = [x for x in self.linears if x.group == "attention" and x.name not in fed]
         self.into_mlp = [x for x in self.linears if x.group == "mlp" and x.name in fed]
         self.out_of_mlp = [x for x in self.linears if x.group == "mlp" and x.name not in fed]
-        self.after_qkv = flows or any(map(trained.trains, self.into_attention)) or trained.prefix > 0
+        self.inner = sum(x.in_features for x in self.out_of_mlp)
+        self.after_qkv = flows or any(map(trained.trains, self.into_attention)) or trained.in_attention
         houlsby = trained.bottleneck > 0 and trained.houlsby
         after_attention = self.after_qkv or any(map(trained.trains, self.out_of_attention)) or houlsby
         self.before_mlp = flows if shape.parallel else after_attention
@@ -116,8 +124,9 @@ class _Layer:
             needs = self.before_mlp and not (shape.parallel and kept_input)
             # A norm behind the MLP (Gemma 2's) has its turn before it, which makes no difference to the peak.
             blocks.append(self.norm(norm, needs))
+        blocks += self.routed()
         blocks.append(self.mlp())
-        beside = s * h // c + shape.intermediate_size if self.inside_mlp else 0
+        beside = s * h // c + self.inner if self.inside_mlp else 0
         blocks.append(self.leave(self.out_of_mlp, self._down_input(), beside))
         return [block for block in blocks if block.saved or block.passing or block.gradients]
 
@@ -151,34 +160,78 @@ class _Layer:
                 kept = score_saved(shape, step.widths)
                 wide = min(kept, 4)
                 passing = s * h - c * q + shape.num_heads * step.seq_length * (2 * wide - (kept - wide))
-        prefix = self.trained.prefix * 2 * kv
-        # Prefixes stand before every sequence of the batch.
-        stretched = c * prefix * (n // step.seq_length)
-        block = self._with_maps(
-            self.into_attention, n * saved + stretched, n * passing, n * (s * h + c * (q + 2 * kv + h))
-        )
-        gradients = block.gradients + 4 * prefix
+        if self.trained.scales:
+            # What the scales multiply: keys and values, or all that a fused map returns.
+            saved += c * (2 * kv if len(self.into_attention) > 1 else q + 2 * kv)
+        more = self._prefix_saved() if self.after_qkv else 0
+        beside = n * (s * h + c * (q + 2 * kv + h))
+        block = self._with_maps(self.into_attention, n * saved + more, n * passing, beside)
+        gradients = block.gradients + 4 * self.trained.prefix * 2 * kv + (4 * 2 * kv if self.trained.scales else 0)
         if self.trained.full:
             gradients += step.widths.weight * sum(norm.num_parameters for norm in heads)
         return Block(block.saved, block.passing, gradients)
 
+    def _prefix_saved(self) -> int:
+        """Keys and values behind the prefix, repeated to every head, and the mask that the prefix needs, in bytes."""
+        shape, step, length = self.shape, self.step, self.trained.prefix
+        if not length:
+            return 0
+        c, batch = step.widths.compute, step.tokens // step.seq_length
+        if step.eager:
+            per_score = score_saved(shape, step.widths)
+            return batch * length * (c * 2 * shape.query_width + shape.num_heads * step.seq_length * per_score)
+        repeated = c * 2 * (shape.query_width - shape.kv_width) * step.tokens
+        fused = c * (shape.query_width + shape.kv_width) * step.tokens if shape.fused_qkv and shape.rotary else 0
+        mask = c * batch * step.seq_length * (step.seq_length + length) if shape.is_decoder else 0
+        return repeated - fused + c * 2 * shape.query_width * batch * length + mask
+
     def mlp(self) -> Block:
         """What comes before the map that leaves the MLP: gate and up, the activation, the product."""
-        shape, step = self.shape, self.step
-        i, c, s, h, n = (
-            shape.intermediate_size,
-            step.widths.compute,
-            step.widths.stream,
-            shape.hidden_size,
-            step.tokens,
-        )
+        shape, step, i = self.shape, self.step, self.inner
+        c, s, h, n = step.widths.compute, step.widths.stream, shape.hidden_size, step.tokens
         saved = passing = 0
-        if self.inside_mlp:
+        if self.inside_mlp and i:
             saved = c * i * (3 if shape.gated else _ACTIVATION_SAVES.get(shape.activation, 1))
             passing = s * h + c * i * (3 if shape.gated else _ACTIVATION_PASSES.get(shape.activation, 2))
-        return self._with_maps(
-            self.into_mlp, n * saved, n * passing, n * (s * h + c * (i * (2 if shape.gated else 1) + h))
-        )
+        # By the turn of these maps, what the activation kept is gone.
+        kept = saved if self.inside_mlp else 0
+        beside = n * (s * h + c * (i * (2 if shape.gated else 1) + h) - kept)
+        return self._with_maps(self.into_mlp, n * saved, n * passing, beside)
+
+    def routed(self) -> list[Block]:
+        """The experts of a layer that has them (transformers' grouped products): every token's rows are gathered, once
+        for each of its experts, and summed with the router's weights in float32."""
+        moe, step, trained = self.shape.moe, self.step, self.trained
+        if not self.experts or moe is None:
+            return []
+        # Autocast leaves grouped products alone: they run in the weights' own type.
+        c, s, k = step.widths.weight, step.widths.stream, moe.experts_per_token
+        h, n = self.shape.hidden_size, step.tokens
+        i, adapted = moe.intermediate_size, [x for x in self.experts if trained.full or x.name in trained.ranks]
+        saved = passing = out = 0
+        if self.before_mlp:
+            indices = 40 * k + 4 * moe.num_experts + 12
+            saved, out = 3 * c * k * i + indices, c * k * h
+            passing = s * h + 3 * c * k * i
+        if adapted:
+            saved += c * k * (h + i)
+        gradients = merged = 0
+        beside = [0]
+        for x in adapted:
+            size = x.num_experts * x.in_features * x.out_features
+            if trained.full:
+                gradients += step.widths.weight * x.num_parameters
+            else:
+                merged += c * size  # W + s B A, formed anew in every pass and kept for the way back
+                gradients += (
+                    trained.adapter_width * trained.ranks[x.name] * x.num_experts * (x.in_features + x.out_features)
+                )
+            dense = c * size + (4 * size if c < 4 and not trained.full else 0)
+            # By the turn of gate and up, what the activation kept is gone.
+            rows = s * h + c * k * (h + i) if x.in_features == i else s * h - c * k * i
+            beside.append(n * rows + dense)
+        inside = Block(n * saved + merged, max(n * passing, *beside), gradients)
+        return [inside, Block(n * out, n * (s * h + (12 + (c if c == 2 else 0)) * k * h) if out else 0, 0)]
 
     def leave(self, linears: list[LinearShape], input_bytes: int, passing: int) -> Block:
         """The last map of attention or MLP: its input per token, then residual (and dropout, and adapter layer)."""
@@ -193,9 +246,13 @@ class _Layer:
         if m:
             saved += step.widths.compute * (h + 2 * m)
             gradients = 4 * (2 * h * m + m + h)
+        elif self.trained.scales and linears is self.out_of_mlp:
+            saved += step.widths.compute * self.inner
+            gradients = 4 * self.inner
         passing *= step.tokens * step.widths.compute
         block = self._with_maps(linears, step.tokens * saved, passing, passing)
-        return Block(block.saved, block.passing, block.gradients + gradients)
+        copies = 2 * 2 * h * m if step.widths.compute == 2 else 0
+        return Block(block.saved + copies, block.passing, block.gradients + gradients)
 
     def _attention_output(self) -> int:
         """The output projection's input; otherwise sdpa has kept it as its own output."""
@@ -207,7 +264,7 @@ class _Layer:
     def _down_input(self) -> int:
         shared = self.inside_mlp and self.shape.activation == "relu" and not self.shape.gated
         if any(map(self.trained.trains, self.out_of_mlp)) and not shared:
-            return self.step.widths.compute * self.shape.intermediate_size
+            return self.step.widths.compute * self.inner
         return 0
 
     def _with_maps(self, linears: list[LinearShape], saved: int, passing: int, beside: int) -> Block:

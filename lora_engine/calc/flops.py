@@ -165,7 +165,9 @@ def _first_trained(shape: ModelShape, method: MethodConfig, selection: Selection
 
 def _adapted_in(selection: Selection | None, layer: int) -> frozenset[str]:
     patterns = selection.patterns if selection else ()
-    return next((frozenset(n for n, _ in names) for names, layers in patterns if layer in layers), frozenset[str]())
+    return next(
+        (frozenset(t.name for t in targets) for targets, layers in patterns if layer in layers), frozenset[str]()
+    )
 
 
 def _score_products(method: MethodConfig, trained: frozenset[int], here: frozenset[str]) -> int:

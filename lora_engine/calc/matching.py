@@ -109,9 +109,9 @@ def module_rule(
             excluded = name_rule(exclude_modules)
         kept, away = rule.test, excluded.test
         rule = Rule(lambda name: kept(name) and not away(name), rule.layerless and excluded.layerless)
-    if layers_to_transform is None or layers_to_transform == ():
-        return rule
     listed = (layers_to_transform,) if isinstance(layers_to_transform, int) else layers_to_transform
+    if not listed:
+        return rule
     chosen, index, named = frozenset(listed), _layer_index(layers_pattern), rule.test
     plain = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or []
     readable = rule.layerless and all(_LAYERLESS.fullmatch(name) for name in plain)

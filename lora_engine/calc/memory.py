@@ -9,18 +9,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from lora_engine.calc.blocks import Step, Trained, Widths
-from lora_engine.calc.moments import Plan, moments
+from lora_engine.calc.blocks import Step, Widths
+from lora_engine.calc.moments import moments
 from lora_engine.calc.params import lora_file_bytes, trained_lora_parameters
+from lora_engine.calc.plans import make_plan, optimizer_bytes
 from lora_engine.calc.structure import ModelShape
-from lora_engine.calc.targets import Selection, select_linears
-from lora_engine.config import OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS, LoraConfig, MethodConfig
-from lora_engine.errors import ConfigError
+from lora_engine.calc.targets import select_linears
+from lora_engine.config import OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS, FullConfig, LoraConfig, MethodConfig
+from lora_engine.errors import ConfigError, NotMergeableError
 
 TERMS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
 ATTENTIONS = ("sdpa", "eager")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+MERGEABLE = ("lora", "ia3")
 ADAPTER_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # The estimated terms (activations, logits, overhead) are given +- this much. Stated, not calibrated.
@@ -107,19 +109,14 @@ def estimate_memory(shape: ModelShape, method: MethodConfig, **settings: Any) ->
 
 def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> MemoryEstimate:
     """`estimate_memory` with checked settings."""
-    selection = _selection(method, shape)
-    if selection is None and settings.precision not in TRAINABLE_PRECISIONS:
+    if isinstance(method, FullConfig) and settings.precision not in TRAINABLE_PRECISIONS:
         raise ConfigError(
             "precision",
             settings.precision,
             f"{', '.join(TRAINABLE_PRECISIONS)} for full fine-tuning; quantised weights cannot be trained",
         )
     widths = WIDTHS[settings.precision]
-    if isinstance(method, LoraConfig) and selection is not None:
-        trained, state_width = trained_lora_parameters(selection, method), ADAPTER_WIDTHS[settings.adapter_dtype]
-        adapter = state_width * trained
-    else:
-        trained, state_width, adapter = shape.total_parameters, widths.weight, 0
+    plan = make_plan(shape, method, weight_width=widths.weight, adapter_width=ADAPTER_WIDTHS[settings.adapter_dtype])
     step = Step(
         widths,
         settings.batch_size * settings.seq_length,
@@ -130,7 +127,7 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
     highest = max(
         moments(
             shape,
-            _plan(method, selection, state_width * trained, state_width),
+            plan,
             step,
             labelled_share=settings.labelled_share,
             checkpointing=settings.checkpointing,
@@ -138,11 +135,14 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
         ),
         key=lambda moment: moment.total,
     )
+    weights = weight_bytes(shape, settings.precision)
+    if plan.head and not shape.tied:
+        weights -= widths.weight * plan.trained  # the head itself is trained
     terms = {
-        "weights": weight_bytes(shape, settings.precision),
-        "adapter": adapter,
+        "weights": weights,
+        "adapter": plan.adapter_bytes,
         "gradients": highest.gradients,
-        "optimizer": _optimizer_bytes(shape, method, selection, settings.optimizer, trained, state_width),
+        "optimizer": optimizer_bytes(shape, method, plan, settings.optimizer),
         "activations": highest.activations,
         "logits": highest.logits,
         "overhead": highest.overhead,
@@ -155,24 +155,27 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
         peak_bytes=peak,
         low_bytes=peak - margin,
         high_bytes=peak + margin,
-        gradient_bytes=state_width * trained,
-        inference_bytes=_inference_bytes(shape, terms["weights"], widths, settings),
+        gradient_bytes=plan.gradient_bytes,
+        inference_bytes=sum(_inference_terms(shape, settings).values()),
         notes=_notes(shape, settings),
     )
 
 
-def _plan(method: MethodConfig, selection: Selection | None, all_gradients: int, width: int) -> Plan:
-    if not isinstance(method, LoraConfig) or selection is None:
-        everything = Trained({}, full=True)
-        return Plan(lambda _: everything, {}, True, False, all_gradients)
-    nothing = Trained({}, adapter_width=width)
-    layers = {}
-    for names, found in selection.patterns:
-        ranks = {name: method.r if rank is None else rank for name, rank in names}
-        trained = Trained(ranks, adapter_width=width, magnitudes=method.use_dora)
-        layers.update(dict.fromkeys(found, trained))
-    outer = {target.name: target.r(method) for target in selection.targets if target.name in selection.outer}
-    return Plan(lambda i: layers.get(i, nothing), outer, False, False, all_gradients, width)
+def estimate_inference(
+    shape: ModelShape, method: MethodConfig, *, merged: bool = True, **settings: Any
+) -> dict[str, int]:
+    """Bytes to run the model on `batch_size` sequences of `seq_length` tokens, by term: weights, adapter (0 when it is
+    `merged`, or has become the weights), kv_cache, and activations with the last token's logits.
+
+    Raises ConfigError, TargetError, and NotMergeableError for a method that no weight can absorb."""
+    checked = Settings(**settings)
+    widths = WIDTHS[checked.precision]
+    plan = make_plan(shape, method, weight_width=widths.weight, adapter_width=widths.compute)
+    terms = _inference_terms(shape, checked)
+    if merged and method.method not in MERGEABLE:
+        raise NotMergeableError(f"method is {method.method!r}; allowed for merging: {', '.join(MERGEABLE)}.")
+    adapter = 0 if merged else plan.adapter_bytes
+    return {"weights": terms["weights"], "adapter": adapter} | terms
 
 
 @lru_cache(maxsize=256)
@@ -234,54 +237,11 @@ def _notes(shape: ModelShape, settings: Settings) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _selection(method: MethodConfig, shape: ModelShape) -> Selection | None:
-    return select_linears(shape, method) if isinstance(method, LoraConfig) else None
-
-
-def _optimizer_bytes(
-    shape: ModelShape,
-    method: MethodConfig,
-    selection: Selection | None,
-    optimizer: str,
-    trained: int,
-    width: int,
-) -> int:
-    """AdamW: two moments in the parameter's type. 8-bit (Dettmers et al. 2021): a byte each and a float32 per
-    block of 256, tensors under 4096 values in float32. SGD without momentum: nothing."""
-    if optimizer == "sgd":
-        return 0
-    if optimizer == "adamw":
-        return 2 * width * trained
-    total = 0
-    for count, size in _trained_tensors(shape, method, selection):
-        total += count * (8 * size if size < 4096 else 2 * (size + 4 * -(-size // 256)))
-    return total
-
-
-def _trained_tensors(shape: ModelShape, method: MethodConfig, selection: Selection | None) -> list[tuple[int, int]]:
-    """(count, number of values) of every trained tensor."""
-    tensors: list[tuple[int, int]] = []
-    if isinstance(method, LoraConfig) and selection is not None:
-        for target in selection.targets:
-            r = target.r(method) * target.num_experts
-            tensors += [(target.count, r * target.in_features), (target.count, r * target.out_features)]
-            if method.use_dora:
-                tensors.append((target.count, target.out_features))
-        return tensors
-    for linear in shape.linears:
-        if not linear.tied:
-            tensors.append((linear.count, linear.in_features * linear.out_features))
-        if linear.has_bias:
-            tensors.append((linear.count, linear.out_features))
-    for part in shape.others:
-        vectors = 1 if part.kind == "embedding" or shape.norm_kind == "rms" else 2
-        tensors.append((part.count * vectors, part.num_parameters // vectors))
-    return tensors
-
-
-def _inference_bytes(shape: ModelShape, weights: int, widths: Widths, settings: Settings) -> int:
+def _inference_terms(shape: ModelShape, settings: Settings) -> dict[str, int]:
+    widths = WIDTHS[settings.precision]
     tokens = settings.batch_size * settings.seq_length
     cache = 2 * shape.num_layers * shape.kv_width * widths.compute * tokens if shape.is_decoder else 0
     # One layer's activations pass by while the prompt is read; logits of the last token.
     passing = tokens * widths.compute * (2 * shape.hidden_size + 2 * shape.intermediate_size)
-    return weights + cache + passing + settings.batch_size * shape.vocab_size * widths.compute
+    logits = settings.batch_size * shape.vocab_size * widths.compute
+    return {"weights": weight_bytes(shape, settings.precision), "kv_cache": cache, "activations": passing + logits}

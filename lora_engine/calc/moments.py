@@ -7,7 +7,8 @@ alike give sums that grow or shrink evenly from one to the next, so the first an
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lora_engine.calc.blocks import Block, Step, Trained, layer_blocks, norm_passing, norm_saved
+from lora_engine.calc.blocks import Block, Step, layer_blocks, norm_passing, norm_saved
+from lora_engine.calc.plans import Plan
 from lora_engine.calc.structure import ModelShape, Part
 
 
@@ -25,19 +26,6 @@ class Moment:
     @property
     def total(self) -> int:
         return self.gradients + self.activations + self.logits + self.overhead
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a method trains, as memory sees it. `layer(i)` is what it trains inside layer i; `outer` names the maps
-    outside the layers that it adapts, each with its rank; `all_gradients` is the bytes of every gradient."""
-
-    layer: Callable[[int], Trained]
-    outer: dict[str, int]
-    full: bool
-    head: bool
-    all_gradients: int
-    adapter_width: int = 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ def moments(
     rows = round(batch * (step.seq_length - 1) * labelled_share) if shape.output_head else 0
     # Token ids, positions and targets; rotary tables.
     always = 24 * tokens + (2 * widths.stream * step.seq_length * shape.head_dim if shape.rotary else 0)
-    held = plan.all_gradients if accumulation > 1 else 0
+    held = plan.gradient_bytes if accumulation > 1 else 0
     runs = layer_runs(shape, plan, step, checkpointing)
     if checkpointing and step.eager:
         always += widths.weight * batch * step.seq_length**2  # the mask, which every layer is given again
@@ -77,6 +65,11 @@ def moments(
     def moment(name: str, gradients: int, activations: int, logits: int, overhead: int) -> Moment:
         return Moment(name, held or gradients, activations, logits, always + overhead)
 
+    if not flows:
+        # Nothing is kept on the way up: the inside of one layer is all there is.
+        inner = widths.compute * shape.intermediate_size * (3 if shape.gated else 2)
+        passing = tokens * (shape.hidden_size * (3 * widths.stream + widths.compute) + inner)
+        yield moment("forward", 0, kept, 0, passing)
     # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its input
     # beside it (4 + 4). The half-precision logits are gone by then, unless a tanh reads them again.
     every = widths.compute * shape.vocab_size * tokens
@@ -114,7 +107,7 @@ def moments(
         if shape.tied:
             passing += waiting  # the head's gradient, the embedding's, and their sum
         yield moment("embedding", done + table, 0, 0, passing)
-    yield Moment("optimizer", plan.all_gradients, 0, 0, always)
+    yield Moment("optimizer", plan.gradient_bytes, 0, 0, always)
 
 
 def _backward(run: _Run, moment: Callable[..., Moment], done: int, below: int) -> Iterator[Moment]:
@@ -167,7 +160,7 @@ def _outside(shape: ModelShape, plan: Plan, step: Step, rows: int, flows: bool) 
         elif linear.name in plan.outer:
             r = plan.outer[linear.name]
             saved += at * widths.compute * (linear.in_features + r)
-            gradients += plan.adapter_width * r * (linear.in_features + linear.out_features)
+            gradients += plan.width * r * (linear.in_features + linear.out_features)
     # On the way out of the head: its rows' gradient, and twice the room of every token to put it into.
     into_rows = step.widths.stream * shape.hidden_size * (rows + 2 * step.tokens)
     return saved, max(passing, into_rows) if flows else 0, gradients

@@ -4,18 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_engine.calc.scales import scaled_maps
 from lora_engine.calc.structure import ExpertShape, LinearShape, ModelShape
 from lora_engine.calc.targets import Selection, select_linears
-from lora_engine.config import (
-    BottleneckConfig,
-    FullConfig,
-    HeadConfig,
-    IA3Config,
-    LoraConfig,
-    MethodConfig,
-    PrefixConfig,
-)
+from lora_engine.config import BottleneckConfig, FullConfig, HeadConfig, LoraConfig, MethodConfig, PrefixConfig
 from lora_engine.errors import TargetError
 
 # PEFT's keys: base_model.model.<module>.lora_A.weight (export.peft_format).
@@ -219,14 +210,26 @@ def _prefix_values(shape: ModelShape, config: PrefixConfig) -> int:
     return config.prefix_length * 2 * shape.num_layers * shape.kv_width
 
 
-def _ia3(shape: ModelShape, config: IA3Config) -> Counted:  # noqa: ARG001
-    """A scale per key and value, and per input of the MLP's last map (Liu et al. 2022, section 3.3)."""
-    outputs, inputs = scaled_maps(shape)
-    sides = [(x, x.out_features) for x in outputs] + [(x, x.in_features) for x in inputs]
-    return [
-        _module(x.name, x.count, (x.in_features, x.out_features), x.count * side, [f"{x.count} x {side}"])
-        for x, side in sides
-    ], []
+# Where keys and values come from, within a layer; the first that fits.
+_KEYS_AND_VALUES = (
+    ("self_attn.k_proj", "self_attn.v_proj"), ("attention.self.key", "attention.self.value"),
+    ("attention.k_lin", "attention.v_lin"), ("attn.k_proj", "attn.v_proj"), ("attn.c_attn",),
+    ("attention.query_key_value",), ("self_attention.query_key_value",), ("self_attn.qkv_proj",), ("attn.Wqkv",),
+)  # fmt: skip
+
+
+def _ia3(shape: ModelShape, config: Any) -> Counted:  # noqa: ARG001
+    """A scale per output of keys and values and per input of the MLP's last map (Liu et al. 2022, section 3.3)."""
+    inside = {linear.name: linear for linear in shape.linears if linear.per_layer}
+    fed = {name for other in shape.others for name in other.feeds}
+    places = next((names for names in _KEYS_AND_VALUES if set(names) <= inside.keys()), ())
+    scaled = [(inside[name], inside[name].out_features) for name in places]
+    scaled += [(x, x.in_features) for x in inside.values() if x.group == "mlp" and x.name not in fed]
+    modules = [
+        _module(x.name, x.count, (x.in_features, x.out_features), x.count * width, [f"{x.count} x {width}"])
+        for x, width in scaled
+    ]
+    return modules, []
 
 
 # Each method's counter. A method more is a line more.

@@ -122,5 +122,5 @@ def common_fields(
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "intermediate_size": inner,
-        "max_positions": facts.size("max_position_embeddings", "n_positions", default=positions),
+        "max_positions": facts.size("max_position_embeddings", "n_positions", default=positions, high=MAX_VOCAB),
     }

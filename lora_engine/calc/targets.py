@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lora_engine.calc.experts import FUSED, Reading, read_targets
 from lora_engine.calc.matching import (
     ALIASES,
     Rule,
@@ -23,7 +24,7 @@ from lora_engine.calc.matching import (
 )
 from lora_engine.calc.structure import LinearShape, ModelShape, Part
 from lora_engine.config import LoraConfig, Pattern
-from lora_engine.errors import TargetError
+from lora_engine.errors import ConfigError, TargetError
 
 __all__ = [
     "ALIASES",
@@ -38,14 +39,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Target:
-    """`count` equal maps that get an adapter of one rank. `rank` None means the config's r; `num_experts` maps share
-    one 3-D parameter, with r ranks for each; `parameter` says that target_parameters found it."""
+    """`count` equal maps that get an adapter of one rank. `rank` None means the config's r, `times` over;
+    `num_experts` maps share one 3-D parameter, with r ranks for each; `parameter` says that target_parameters found
+    it."""
 
     name: str
     count: int
     in_features: int
     out_features: int
     rank: int | None = None
+    times: int = 1
     num_experts: int = 1
     parameter: bool = False
     linear: LinearShape | None = None
@@ -56,7 +59,7 @@ class Target:
         return self.count * self.num_experts * (self.in_features + self.out_features)
 
     def r(self, config: LoraConfig) -> int:
-        return config.r if self.rank is None else self.rank
+        return config.r * self.times if self.rank is None else self.rank
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class Selection:
     """What a config adapts in a shape, whatever its r.
 
     `targets` holds every adapted map once, by rank. `linears` counts the adapted modules of each linear.
-    `patterns` lists each different tuple of (adapted name, rank; None means r) inside a layer with the layers that
-    have it; layers without any are left out. `first_layer` is the first adapted layer, `num_layers` when none is."""
+    `patterns` lists each different set of targets inside a layer with the layers that have it; layers without any are
+    left out. `first_layer` is the first adapted layer, `num_layers` when none is."""
 
     targets: tuple[Target, ...]
     linears: tuple[tuple[LinearShape, int], ...]
-    patterns: tuple[tuple[tuple[tuple[str, int | None], ...], tuple[int, ...]], ...]
+    patterns: tuple[tuple[tuple[Target, ...], tuple[int, ...]], ...]
     outer: frozenset[str]
     first_layer: int
     values_per_rank: int  # sum of in + out over what has rank r: LoRA trains r times this ...
@@ -80,18 +83,33 @@ class Selection:
 
 
 def select_linears(shape: ModelShape, method: LoraConfig) -> Selection:
-    """What `method` adapts in `shape`, modules and parameters. Raises TargetError when nothing matches, or something
-    that takes no adapter. Cached over everything but r and lora_alpha."""
-    return _select(
+    """What `method` adapts in `shape`, modules and parameters. Cached over everything but r and lora_alpha.
+
+    Raises TargetError when nothing matches, or something that takes no adapter, ConfigError for DoRA or dropout on
+    parameters: their update is added to the weight, which leaves nothing to normalise or to drop."""
+    reading = Reading(method.target_modules, method.target_parameters)
+    if shape.experts:
+        linears = (linear.name for linear in shape.linears if linear.name != shape.output_head)
+        reading = read_targets(shape.model_type, linears, method)
+    selection = _select(
         shape,
-        method.target_modules,
+        reading.target_modules,
         method.exclude_modules,
         method.layers_to_transform,
         method.layers_pattern,
         method.rank_pattern,
         method.alpha_pattern,
-        method.target_parameters,
+        reading.target_parameters,
+        reading.fused,
     )
+    if method.use_dora or method.lora_dropout:
+        for target in selection.targets:
+            if target.parameter and method.use_dora:
+                raise ConfigError("use_dora", True, f"False where {target.name} is adapted, a parameter of no Linear")
+            if target.parameter:
+                allowed = f"0 where {target.name} is adapted, a parameter of no Linear"
+                raise ConfigError("lora_dropout", method.lora_dropout, allowed)
+    return selection
 
 
 @lru_cache(maxsize=256)
@@ -104,6 +122,7 @@ def _select(
     rank_pattern: Pattern,
     alpha_pattern: Pattern,
     target_parameters: tuple[str, ...],
+    fused: bool,
 ) -> Selection:
     rule = module_rule(target_modules, shape.output_head, exclude_modules, layers_to_transform, layers_pattern)
     if not (isinstance(target_modules, str) and target_modules.lower() in ALIASES):
@@ -125,7 +144,8 @@ def _select(
             adapted.append((Target(linear.name, len(layers), *sizes, rank, linear=linear), layers))
     for part, key, (experts, in_features, out_features), hits in parameters:
         for rank, layers in by_rank(part, key, hits):
-            adapted.append((Target(key, len(layers), in_features, out_features, rank, experts, True), layers))
+            times = 2 if fused and rank is None and key.endswith(f".{FUSED}") else 1
+            adapted.append((Target(key, len(layers), in_features, out_features, rank, times, experts, True), layers))
     targets = tuple(target for target, _ in adapted)
     patterns = _layer_patterns(shape, adapted)
     names = [name for linear, hits in found for name in _names(shape, linear, linear.name, hits)]
@@ -136,8 +156,8 @@ def _select(
         patterns=tuple(patterns),
         outer=frozenset(target.name for target, layers in adapted if layers == _OUTSIDE),
         first_layer=min((layers[0] for _, layers in patterns), default=shape.num_layers),
-        values_per_rank=sum(target.values_per_rank for target in targets if target.rank is None),
-        fixed_values=sum(target.rank * target.values_per_rank for target in targets if target.rank is not None),
+        values_per_rank=sum(t.times * t.values_per_rank for t in targets if t.rank is None),
+        fixed_values=sum(t.rank * t.values_per_rank for t in targets if t.rank is not None),
         num_outputs=sum(len(hits) * linear.out_features for linear, hits in found),
         unmatched=unmatched(listed, _some_names(shape) if rule.layerless else shape.linear_names),
         unused_patterns=_unused(shape, (rank_pattern, alpha_pattern), names, parameters),
@@ -198,18 +218,18 @@ def _rank_splitter(shape: ModelShape, rank_pattern: Pattern) -> Splitter:
 
 def _layer_patterns(
     shape: ModelShape, adapted: list[tuple[Target, tuple[int, ...]]]
-) -> list[tuple[tuple[tuple[str, int | None], ...], tuple[int, ...]]]:
-    """Each different tuple of (adapted name, rank) in a layer with its layers, in the order of the layers."""
-    in_layer: dict[int, list[tuple[str, int | None]]] = {}
-    for target, layers in adapted:
+) -> list[tuple[tuple[Target, ...], tuple[int, ...]]]:
+    """Each different set of targets in a layer with its layers, in the order of the layers."""
+    in_layer: dict[int, list[int]] = {}
+    for number, (_, layers) in enumerate(adapted):
         if layers != _OUTSIDE:
             for i in layers:
-                in_layer.setdefault(i, []).append((target.name, target.rank))
-    groups: dict[tuple[tuple[str, int | None], ...], list[int]] = {}
+                in_layer.setdefault(i, []).append(number)
+    groups: dict[tuple[int, ...], list[int]] = {}
     for i in range(shape.num_layers):
         if i in in_layer:
             groups.setdefault(tuple(in_layer[i]), []).append(i)
-    return [(layer, tuple(layers)) for layer, layers in groups.items()]
+    return [(tuple(adapted[number][0] for number in key), tuple(layers)) for key, layers in groups.items()]
 
 
 def _refuse_unfit(shape: ModelShape, target_modules: str | tuple[str, ...], rule: Rule) -> None:

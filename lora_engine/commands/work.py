@@ -49,6 +49,11 @@ def train(arguments: argparse.Namespace) -> Output:
         if payload["eval_loss_after"] is not None and payload["eval_loss_after"] <= payload["eval_loss_before"]
         else f"Run {run_id} {record.status}. Evaluation loss: {payload['eval_loss_before']} before, "
         f"{payload['eval_loss_after']} after.",
+        *(
+            [f"Accuracy {100 * payload['eval_accuracy']:.1f} %, macro-F1 {payload['eval_macro_f1']:.3f}."]
+            if payload["eval_accuracy"] is not None
+            else []
+        ),
         f"Trained {count_text(payload['trainable_parameters'])} of "
         f"{count_text(payload['total_parameters'])} parameters; "
         f"peak memory {bytes_text(payload['peak_bytes'])} measured, "

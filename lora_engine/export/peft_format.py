@@ -26,7 +26,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, *, base_model: str, out: 
     out.mkdir(parents=True, exist_ok=True)
     state = {_peft_name(name): value.contiguous().cpu() for name, value in lora.state_dict(model).items()}
     save_file(state, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    layers = lora.lora_layers(model)
+    config, layers = lora.as_peft_reads(model, config), lora.lora_layers(model)
     facts: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -39,6 +39,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, *, base_model: str, out: 
         **_target_facts(model, config),
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
+        "target_parameters": list(config.target_parameters) or None,
         "bias": "none",
         "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
         "init_lora_weights": True,

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import core
-from lora_engine.calc.scales import MLP_OUTPUTS
 from lora_engine.config import BottleneckConfig
 from lora_engine.errors import NotMergeableError
-from lora_engine.methods.places import ATTENTION_OUTPUTS, replace_module, sublayer_outputs
+from lora_engine.methods.places import ATTENTION_OUTPUTS, MLP_OUTPUTS, replace_module, sublayer_outputs
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}
 

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_engine.calc.scales import KEYS_AND_VALUES, MLP_OUTPUTS
 from lora_engine.config import IA3Config
 from lora_engine.errors import TargetError
-from lora_engine.methods.places import replace_module, sublayer_outputs, transformer_layers
+from lora_engine.methods.places import MLP_OUTPUTS, replace_module, sublayer_outputs, transformer_layers
+
+# Within a layer; the first that fits.
+_KEYS_AND_VALUES = (
+    ("self_attn.k_proj", "self_attn.v_proj"), ("attention.self.key", "attention.self.value"),
+    ("attention.k_lin", "attention.v_lin"), ("attention.attn.k", "attention.attn.v"),
+    ("attn.k_proj", "attn.v_proj"), ("attn.attention.k_proj", "attn.attention.v_proj"),
+    ("attn.c_attn",), ("attention.query_key_value",), ("self_attention.query_key_value",), ("self_attn.qkv_proj",),
+    ("attn.Wqkv",),
+)  # fmt: skip
 
 
 class IA3Layer(nn.Module):
@@ -75,12 +83,12 @@ def inject(model: nn.Module, config: IA3Config, *, seed: int = 0) -> nn.Module: 
 
 def _keys_and_values(model: nn.Module, name: str, layer: nn.Module) -> list[str]:
     inside = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    for places in KEYS_AND_VALUES:
+    for places in _KEYS_AND_VALUES:
         if inside.issuperset(places):
             return [f"{name}.{place}" for place in places]
     raise TargetError(
         f"model is a {type(model).__name__}, in which keys and values were not found; "
-        f"allowed: layers with {' or '.join(' and '.join(places) for places in KEYS_AND_VALUES)}."
+        f"allowed: layers with {' or '.join(' and '.join(places) for places in _KEYS_AND_VALUES)}."
     )
 
 

@@ -4,6 +4,7 @@ Initial values and merges come from `lora_engine.core`, so there is one definiti
 names are PEFT's (`lora_A.weight`, `lora_B.weight`, `lora_magnitude_vector.weight` with DoRA).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine import core
-from lora_engine.calc.matching import ALIASES, select_by_config
+from lora_engine.calc.experts import FUSED, Reading, read_targets
+from lora_engine.calc.matching import ALIASES, select_by_config, shown
 from lora_engine.config import LoraConfig
-from lora_engine.errors import ConfigError, TargetError
+from lora_engine.errors import TargetError
+from lora_engine.methods.lora_parameters import Factor, LoraParameter, inject_parameters
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -66,13 +69,13 @@ class LoraLayer(nn.Module):
         weight: Any = base_layer.weight
         A = core.init_A(config.r, self.in_features, seed=seed, name=name)
         B = core.init_B(self.out_features, config.r)
-        self.lora_A = _Factor(torch.from_numpy(A).to(weight.device))
-        self.lora_B = _Factor(torch.from_numpy(B).to(weight.device))
+        self.lora_A = Factor(torch.from_numpy(A).to(weight.device))
+        self.lora_B = Factor(torch.from_numpy(B).to(weight.device))
         self.r = config.r
         self.scaling = core.scaling_factor(config.r, config.lora_alpha, use_rslora=config.use_rslora)
-        self.lora_magnitude_vector: _Factor | None = None
+        self.lora_magnitude_vector: Factor | None = None
         if config.use_dora:
-            self.lora_magnitude_vector = _Factor(torch.linalg.vector_norm(self._weight().detach().float(), dim=1))
+            self.lora_magnitude_vector = Factor(torch.linalg.vector_norm(self._weight().detach().float(), dim=1))
         self.scale = 1.0
         self.lora_dropout = config.lora_dropout
         self.base_weight: Tensor | None = None
@@ -175,28 +178,41 @@ def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, 
     return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
-class _Factor(nn.Module):
-    """Holds one factor, so that its saved name is PEFT's `lora_A.weight`."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(values)
-
-
 def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> nn.Module:
-    """Freeze `model` and put a LoraLayer in the place of every target, in place.
+    """Freeze `model` and put a LoraLayer in the place of every target, in place; parameters that no Linear holds
+    (`target_parameters`, experts) get a LoraParameter around their module.
 
-    Raises TargetError when the targets match no Linear or Conv1D, ConfigError for what this
-    implementation does not train."""
-    if config.target_parameters:
-        allowed = "none when training; what is stacked in one parameter is counted, not trained yet"
-        raise ConfigError("target_parameters", config.target_parameters, allowed)
+    Raises TargetError when the targets match nothing that takes an adapter, ConfigError for DoRA or dropout on
+    parameters."""
+    config = as_peft_reads(model, config)
+    names = target_names(model, config) if config.target_modules else []
     model.requires_grad_(False)
-    for name in target_names(model, config):
+    for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, child, LoraLayer(model.get_submodule(name), config, name=name, seed=seed))
+    found = inject_parameters(model, config, seed=seed) if config.target_parameters else 0
+    if not names and not found:
+        raise TargetError(f"target_parameters is {shown(config.target_parameters)}, which matches no parameter.")
     return model
+
+
+def as_peft_reads(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """`config` with what PEFT makes of its names in a model whose experts are stacked (`calc.experts`)."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    head = _output_head_name(model)
+    linears = [name.removesuffix(".base_layer") for name, x in model.named_modules() if isinstance(x, nn.Linear)]
+    reading = read_targets(model_type, [name for name in linears if name != head], config)
+    if reading == Reading(config.target_modules, config.target_parameters):
+        return config
+    config = replace(config, target_modules=reading.target_modules, target_parameters=reading.target_parameters)
+    if not reading.fused:
+        return config
+    key = rf".*\.{FUSED}"
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    return replace(
+        config, rank_pattern=ranks | {key: 2 * config.r}, alpha_pattern=alphas | {key: 2 * config.lora_alpha}
+    )
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -206,7 +222,12 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     fitting = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if isinstance(config.target_modules, str) and config.target_modules.lower() in ALIASES:
         return select_by_config([n for n in everything if n in fitting], config, output_head=head)
-    chosen = select_by_config(everything, config, output_head=head)
+    try:
+        chosen = select_by_config(everything, config, output_head=head)
+    except TargetError:
+        if config.target_parameters:  # which may match what target_modules does not
+            return []
+        raise
     unfit = [name for name in chosen if name not in fitting]
     if unfit:
         kind = type(model.get_submodule(unfit[0])).__name__
@@ -219,12 +240,17 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def adapters(model: nn.Module) -> dict[str, LoraLayer | LoraParameter]:
+    """Everything that inject put in, by its full dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer | LoraParameter)}
+
+
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """`<module>.lora_A.weight` and `<module>.lora_B.weight` of every adapted module, and its
     `<module>.lora_magnitude_vector.weight` with DoRA."""
     return {
         f"{name}.{factor}": value.detach()
-        for name, layer in lora_layers(model).items()
+        for name, layer in adapters(model).items()
         for factor, value in layer.factors().items()
     }
 
@@ -232,26 +258,26 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy `state` into the adapters. Raises KeyError when a factor is missing."""
-    for name, layer in lora_layers(model).items():
+    for name, layer in adapters(model).items():
         for factor, value in layer.factors().items():
             value.copy_(state[f"{name}.{factor}"])
 
 
 def merge(model: nn.Module) -> None:
     """Add every update to its base weight; inference then costs what the base costs."""
-    for layer in lora_layers(model).values():
+    for layer in adapters(model).values():
         layer.merge()
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore every base weight bit for bit."""
-    for layer in lora_layers(model).values():
+    for layer in adapters(model).values():
         layer.unmerge()
 
 
 def set_scale(model: nn.Module, scale: float) -> None:
     """The dial: 0 is the base model bit for bit, 1 the trained one."""
-    for layer in lora_layers(model).values():
+    for layer in adapters(model).values():
         layer.scale = scale
 
 

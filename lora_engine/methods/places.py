@@ -15,6 +15,10 @@ ATTENTION_OUTPUTS = (
     "attn.out_proj", "attn.attention.out_proj", "attention.dense", "attention.output.dense", "attention.out_lin",
     "attention.attn.o", "attn.Wo",
 )  # fmt: skip
+MLP_OUTPUTS = (
+    "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "mlp.fc_out", "fc2", "output.dense", "ffn.lin2",
+    "mlp.Wo",
+)  # fmt: skip
 
 
 def transformer_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

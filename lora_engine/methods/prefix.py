@@ -31,6 +31,9 @@ STATE_KEY = "prompt_embeddings"  # PEFT's name for what it saves: (prefix_length
 
 # Small against the keys and values of real tokens (about 3 in our base): the start is close to the base model.
 PLAIN_STD = 0.1
+# A plain prefix is trained in this unit. Adam's steps have the size of the learning rate, and keys and values have a
+# long way to go: without it the prefix wants 0.3, at which a task head trained beside it runs away.
+UNIT = 32.0  # a power of two: dividing by it on loading loses no bit
 
 
 class PrefixEncoder(nn.Module):
@@ -47,7 +50,7 @@ class PrefixEncoder(nn.Module):
         wide = num_layers * 2 * kv_width
         self.transform: nn.Sequential | None = None
         if not config.reparametrize:
-            self.embedding = nn.Parameter(_gaussian(config.prefix_length, wide, PLAIN_STD, seed))
+            self.embedding = nn.Parameter(_gaussian(config.prefix_length, wide, PLAIN_STD / UNIT, seed))
             return
         inner = config.encoder_hidden_size or hidden_size
         self.embedding = nn.Parameter(_gaussian(config.prefix_length, kv_width, 1.0, seed))
@@ -59,7 +62,7 @@ class PrefixEncoder(nn.Module):
                 layer.bias.zero_()  # type: ignore[operator]
 
     def prompt_embeddings(self) -> Tensor:
-        prefix: Tensor = self.embedding if self.transform is None else self.transform(self.embedding)
+        prefix: Tensor = UNIT * self.embedding if self.transform is None else self.transform(self.embedding)
         return prefix
 
     def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,7 @@ class PrefixEncoder(nn.Module):
         kv_width = self.kv_heads * self.head_dim
         rows = slice(2 * layer * kv_width, 2 * (layer + 1) * kv_width)
         if self.transform is None:
-            own = self.embedding[:, rows]
+            own = UNIT * self.embedding[:, rows]
         else:
             first, tanh, last = self.transform
             own = nn.functional.linear(tanh(first(self.embedding)), last.weight[rows], last.bias[rows])  # type: ignore[index]
@@ -83,7 +86,7 @@ class PrefixEncoder(nn.Module):
         if self.transform is not None:
             self.transform = None
             self.embedding = nn.Parameter(torch.empty(shape, device=self.embedding.device))
-        self.embedding.copy_(prompt_embeddings)
+        self.embedding.copy_(prompt_embeddings / UNIT)
 
 
 class _LayerPrefix:

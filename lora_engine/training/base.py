@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,24 @@ def load_base(
             f"model is {folder.name!r}, an encoder, which writes no text; allowed with it: data of texts and labels."
         )
     torch.manual_seed(train.seed)  # the new head's
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what is missing is judged below, in one line
     try:
-        model: Any = kind.from_pretrained(
-            folder, dtype=plan.weights, use_safetensors=True, trust_remote_code=False, local_files_only=True, **more
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=plan.weights,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **more,
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelLoadError(f"model is {folder.name!r}; transformers could not load it: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _check_weights(folder, model, info)
     check_context(model, train)
     prepare_model(model, train)
     return model.to(device)
@@ -158,3 +169,16 @@ def _model_type(folder: Path) -> str:
         return str(json.loads((folder / "config.json").read_text()).get("model_type", ""))
     except (OSError, ValueError, AttributeError):  # transformers will say what is wrong with it
         return ""
+
+
+def _check_weights(folder: Path, model: Any, info: Mapping[str, Any]) -> None:
+    """Raises ModelLoadError when pretrained weights are missing; a classifier's head and an encoder's pooler may be."""
+    base = getattr(model, "base_model_prefix", "") + "."
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    wanted = [name for name in info["missing_keys"] if not is_classifier or name.startswith(base)]
+    wanted = sorted(name for name in wanted if ".pooler." not in name)
+    if wanted:
+        raise ModelLoadError(
+            f"model is {folder.name!r}, whose safetensors lack {len(wanted)} weights of a {type(model).__name__} "
+            f"({wanted[0]}); allowed: a folder with all of them."
+        )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
+from transformers.integrations import moe
 
 from lora_engine.config import MethodConfig, TrainConfig
 from lora_engine.methods import inject
@@ -104,9 +105,40 @@ def trace_step(
         prepare_model(model, train)
     inject(model, method)
     _make_fake(model, fake)
-    # A batch of ours is never packed; transformers reads the positions to find that out, and a fake tensor has none.
-    with fake, mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+    with fake, _plain_transformers():
         return _trace(model, train, labelled_share, torch.device(device))
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Each group of rows times its own matrix, as torch.nn.functional.grouped_mm saves and makes its tensors; torch's
+    own fake one knows bfloat16 alone. rows (n, in), weight (groups, in, out) -> (n, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        return rows.new_empty(rows.shape[0], weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
+        _, weight = ctx.saved_tensors
+        grad_rows = grads[0].new_empty(grads[0].shape[0], weight.shape[1]) if ctx.needs_input_grad[0] else None
+        return grad_rows, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def _grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
+    product: Tensor = _GroupedProduct.apply(rows.to(weight.dtype), weight)
+    return product
+
+
+@contextlib.contextmanager
+def _plain_transformers() -> Iterator[None]:
+    """Where transformers or torch would ask a fake tensor what it cannot say: a batch of ours is never packed, which
+    transformers finds out by reading positions; and products of grouped experts go through a stand-in."""
+    with (
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
+        mock.patch.object(moe, "_grouped_mm", _grouped_mm),
+    ):
+        yield
 
 
 def _trace(model: Any, train: TrainConfig, labelled_share: float, device: torch.device) -> TracedMemory:

@@ -146,6 +146,7 @@ MOE_VARIANTS = {
     "deepseek_v3, all dense": ("deepseek_v3", SMALL | DEEPSEEK | {"first_k_dense_replace": 3}),
     "deepseek_v3, no dense": ("deepseek_v3", SMALL | DEEPSEEK | {"first_k_dense_replace": 0}),
 }
+ALL_VARIANTS = VARIANTS | MOE_VARIANTS
 TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 TITLES = {
     "bert": "Bert",

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from real_models import (
+    ALL_VARIANTS,
     ENCODER_VARIANTS,
     ENCODERS,
-    MOE_VARIANTS,
     OTHER_ENCODERS,
     SMALL,
     VARIANTS,
@@ -25,7 +25,6 @@ from lora_engine import calc
 from lora_engine.assets_path import asset_path
 from lora_engine.errors import ModelConfigError, NotFoundError
 
-ALL_VARIANTS = VARIANTS | MOE_VARIANTS
 ALL_ENCODERS = ENCODERS | OTHER_ENCODERS
 
 

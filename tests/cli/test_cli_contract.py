@@ -178,6 +178,30 @@ def test_full_fine_tuning_leaves_a_model_folder(capsys, home):
     assert "scale is 0.5; allowed: 0 or 1 for method full" in capsys.readouterr().err
 
 
+def test_a_prefix_is_trained_and_generates(capsys, home):
+    small = [*SMALL, "--steps", "2", "--batch", "2"]
+    _, payload = run_json(capsys, "train", "--data", SUPPORT, "--method", "prefix", "--prefix-length", "3", *small)
+    assert (payload["status"], payload["method"]) == ("done", "prefix")
+    assert payload["trainable_parameters"] == 3 * 2 * 6 * 64  # length, keys and values, layers, width of the keys
+    folder = Ledger(home).run_folder(payload["run_id"]) / "adapter"
+    assert {path.name for path in folder.iterdir()} == {"method_config.json", "trained.safetensors"}
+    _, text = run_json(capsys, "generate", payload["run_id"], "--prompt", "Hello", "--max-tokens", "4")
+    assert text["scale"] == 1.0
+
+
+def test_texts_with_labels_train_a_classifier(capsys, tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\n" + "".join(f"film {i} is {w},{w}\n" for i in range(12) for w in ("good", "bad")))
+    _, payload = run_json(capsys, "train", "--data", str(path), "--method", "head", *SMALL, "--lr", "0.01")
+    assert payload["status"] == "done"
+    assert payload["eval_loss_after"] < payload["eval_loss_before"]
+    assert 0 <= payload["eval_accuracy"] <= 1
+    assert 0 <= payload["eval_macro_f1"] <= 1
+    _, text = run_json(capsys, "generate", payload["run_id"], "--prompt", "film 3 is good", "--eval")
+    assert text["text"] in ("good", "bad")
+    assert text["eval_accuracy"] == payload["eval_accuracy"]
+
+
 def test_sweep(capsys):
     code, payload = run_json(capsys, "sweep", "--data", SUPPORT, "--r", "1,4", "--alpha", "6", "--seeds", "0,1", *SMALL)
     assert code == 0
@@ -199,6 +223,8 @@ def test_sweep(capsys):
     [
         (["data", "~nosuchuser/rows.csv"], "~nosuchuser/rows.csv"),
         (["train", "--data", SUPPORT, "--seq", "4"], "seq is 4; allowed: a whole number from 8"),
+        (["train", "--data", SUPPORT, "--method", "prefix", "--prefix-length", "-1"], "prefix-length is -1; allowed"),
+        (["count", "--method", "bottleneck", "--reduction-factor", "0"], "reduction-factor is 0; allowed"),
         (["train", "--data", SUPPORT, "--method", "full", "--precision", "fp16"], "precision is 'fp16'; allowed: fp32"),
         (["sweep", "--data", SUPPORT, "--alpha", "-1"], "alpha"),
         (["pretrain", "--corpus", "CORPUS", "--out", "OUT", "--seed", "-1"], "seed is -1; allowed"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from lora_engine.calc.facts import Facts
 from lora_engine.calc.families import decoders, encoders, llama, moe
+from lora_engine.calc.families.moe import PEFT_TURNS_ALL_LINEAR
 from lora_engine.calc.families.t5 import t5
 from lora_engine.calc.structure import ModelShape
 from lora_engine.errors import ModelConfigError, UnknownArchitectureError
@@ -111,12 +112,17 @@ def _with_notes(shape: ModelShape, named: str | None) -> ModelShape:
 def _moe_notes(shape: ModelShape) -> tuple[str, ...]:
     if shape.moe is None:
         return ()
-    moe, names = shape.moe, " and ".join(part.name for part in shape.experts)
-    where = f"{len(moe.layers)} of {shape.num_layers} layers" if moe.dense_intermediate_size else "every layer"
-    shared = " and the shared expert" if moe.shared_intermediate_size else ""
+    found, names = shape.moe, " and ".join(part.name for part in shape.experts)
+    where = f"{len(found.layers)} of {shape.num_layers} layers" if found.dense_intermediate_size else "every layer"
+    shared = " and the shared expert" if found.shared_intermediate_size else ""
+    turned = (
+        " PEFT 0.21 turns all-linear into both for this family, router included; this count does not."
+        if shape.model_type in PEFT_TURNS_ALL_LINEAR
+        else ""
+    )
     return (
-        f"The {moe.num_experts} experts of a layer, in {where}, are the 3-D parameters {names}: no linear modules, "
-        "so target_modules, all-linear included, never reach them (target_parameters does).",
-        f"A token passes {moe.experts_per_token} of {moe.num_experts} experts{shared}: "
+        f"The {found.num_experts} experts of a layer, in {where}, are the 3-D parameters {names}, no linear modules: "
+        f"target_modules does not reach them, target_parameters does.{turned}",
+        f"A token passes {found.experts_per_token} of {found.num_experts} experts{shared}: "
         f"{shape.active_parameters:,} of {shape.total_parameters:,} parameters are active.",
     )

@@ -3,6 +3,7 @@
 from lora_engine.calc.facts import MAX_LAYERS, MAX_VOCAB, Facts
 from lora_engine.calc.parts import Parts, common_fields, sizes_of
 from lora_engine.calc.structure import ModelShape, OtherShape
+from lora_engine.errors import ModelConfigError
 
 _ENCODER_TASKS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -198,21 +199,26 @@ def deberta(facts: Facts) -> ModelShape:
     )
 
 
+def _is_set(facts: Facts, key: str) -> bool:
+    return facts.values.get(key) is not None and facts.values[key] != -1
+
+
 def _relative_positions(parts: Parts, facts: Facts, root: str, h: int, positions: int) -> None:
     """DeBERTa's table of relative positions, what maps it, and the convolution beside the first layer."""
     if facts.flag("relative_attention", False):
-        said = facts.values.get("max_relative_positions", -1)
-        reach = facts.size("max_relative_positions") if isinstance(said, int) and said > 0 else positions
-        buckets = facts.values.get("position_buckets", -1)
-        if isinstance(buckets, int) and buckets > 0:
+        # -1 in either key stands for "not used", as an absent key does.
+        reach = facts.size("max_relative_positions") if _is_set(facts, "max_relative_positions") else positions
+        if _is_set(facts, "position_buckets"):
             reach = facts.size("position_buckets")
         parts.embedding(f"{root}encoder.rel_embeddings", 2 * reach, h)
         listed = facts.values.get("pos_att_type") or ()
-        kinds = listed.lower().split("|") if isinstance(listed, str) else listed
+        kinds = [kind.strip() for kind in listed.lower().split("|")] if isinstance(listed, str) else listed
+        if not isinstance(kinds, list | tuple):
+            raise ModelConfigError(f"pos_att_type of {facts.name} is {kinds!r:.40}; allowed: c2p, p2c, or both.")
         if not facts.flag("share_att_key", False):
-            for kind, name, bias in (("c2p", "pos_key_proj", True), ("p2c", "pos_query_proj", True)):
+            for kind, name in (("c2p", "pos_key_proj"), ("p2c", "pos_query_proj")):
                 if kind in kinds:
-                    parts.linear(f"attention.self.{name}", h, h, "attention", bias=bias)
+                    parts.linear(f"attention.self.{name}", h, h, "attention", bias=True)
     if "layer_norm" in facts.text("norm_rel_ebd", default="none").lower():
         parts.outer_norm(f"{root}encoder.LayerNorm", h)
     if kernel := facts.count("conv_kernel_size", 0):
