@@ -1,7 +1,7 @@
 """The settings of the loop, as widgets, and the run configs they make."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cache
@@ -39,7 +39,7 @@ def run_config(settings: Settings, chosen: Chosen, loop: Loop) -> RunConfig:
     return RunConfig(
         model=absolute_model(settings.model),
         data=chosen.config(),
-        method=replace(settings.method, use_dora=False),
+        method=settings.method,
         train=TrainConfig(
             lr=loop.lr,
             steps=loop.steps,
@@ -85,8 +85,6 @@ def show_notes(settings: Settings) -> None:
         st.caption(f":material/info: {settings.optimizer} is for predictions; this run uses adamw.")
     if settings.adapter_dtype != "fp32":
         st.caption(f":material/info: {settings.adapter_dtype} adapters are for predictions; this run has fp32 ones.")
-    if settings.use_dora:
-        st.caption(":material/info: DoRA is for counting; this run trains plain LoRA.")
 
 
 def predict(config: RunConfig, report: Mapping[str, Any]) -> dict[str, Any] | None:

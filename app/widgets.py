@@ -186,7 +186,7 @@ def card_chips(rows: list[dict[str, Any]], chosen: str) -> None:
             f"{name}<span>{card_words(row)}</span></li>"
         )
     st.html(
-        "<style>ul.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(12.5rem,1fr));gap:.6rem;"
+        "<style>ul.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(12.5rem,47%),1fr));gap:.6rem;"
         "list-style:none;margin:0;padding:0}ul.cards li{margin:0;padding:.5rem .7rem;border-radius:6px;"
         "font-size:.87rem;line-height:1.4}ul.cards li>*{display:block}ul.cards b span{display:inline}</style>"
         f'<ul class="cards">{"".join(chips)}</ul>'

@@ -59,17 +59,18 @@ def plot_predicted_measured(table: pd.DataFrame) -> go.Figure:
             }
         )
         named.add(method)
-    word = KIND_WORDS.get(kinds[0], kinds[0]) if len(kinds) == 1 else "measured"
-    layout = chart_layout(height=420, x=f"Predicted peak ({unit})", y=f"Measured peak, {word} ({unit})")
+    word = f", {KIND_WORDS.get(kinds[0], kinds[0])}" if len(kinds) == 1 else ""
+    layout = chart_layout(height=420, x=f"Predicted peak ({unit})", y=f"Measured peak{word} ({unit})")
     layout["annotations"] = [
         {
-            "x": _place(edges[1] / divisor, log),
-            "y": _place(edges[1] / divisor, log),
-            "text": "as predicted ",
+            "x": 1,
+            "y": 0.02,
+            "xref": "paper",
+            "yref": "paper",
+            "text": "dashed: as predicted ",
             "showarrow": False,
             "xanchor": "right",
-            "yanchor": "top",
-            "yshift": -14,
+            "yanchor": "bottom",
             "font": {"size": 11},
         }
     ]
@@ -134,7 +135,7 @@ def _bin_width(span: float, count: int) -> float:
 def plot_errors(table: pd.DataFrame, *, band: tuple[float, float] | None = None, band_text: str = "") -> go.Figure:
     """Runs by error, a bar a bin; the shaded `band` is the interval that predictions are given."""
     lows, highs = [float(v) for v in table["low_percent"]], [float(v) for v in table["high_percent"]]
-    layout = chart_layout(height=420, x="Measured minus predicted, in percent of the predicted", y="Runs")
+    layout = chart_layout(height=420, x="Measured − predicted (% of predicted)", y="Runs")
     layout["showlegend"] = False
     layout["yaxis"] |= {"rangemode": "tozero", "tickformat": "d"}
     layout["shapes"] = [
