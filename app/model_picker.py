@@ -6,6 +6,7 @@ from typing import Literal
 import cache
 import state
 import streamlit as st
+from formatting import plural
 
 from lora_engine import calc
 from lora_engine.errors import InputError, UnknownArchitectureError
@@ -30,7 +31,7 @@ def choose_model() -> tuple[str, str]:
     )
     _own_config()
     try:
-        cache.shape(model)
+        shape = cache.shape(model)
     except UnknownArchitectureError as error:
         said = str(error).partition("; allowed")[0]
         st.warning(f"{said}, which the formulas do not know. Explore can trace it; shown here: the embedded model.")
@@ -38,6 +39,9 @@ def choose_model() -> tuple[str, str]:
     except InputError as error:
         st.error(f"{error} Shown meanwhile: the embedded model.")
         return "embedded", ""
+    word = model_word(str(model))
+    if word != model and model != "embedded":  # a path, of which the box shows the start alone
+        st.caption(f"{word}: {shape.architecture}, {plural(shape.num_layers, 'layer')}")
     return str(model), ""
 
 

@@ -168,3 +168,7 @@ def history(page: Page, run_id: str) -> None:
     lines = waiting.value.path().read_text().strip().splitlines()
     assert len(lines) == 6
     assert any(run_id in line for line in lines)
+
+    open_page(page, "Accuracy")
+    expect(page.get_by_text(re.compile(r"On this machine 5 runs: the prediction was off by [\d.]+ %"))).to_be_visible()
+    expect(page.locator(".js-plotly-plot").nth(1)).to_be_visible()
