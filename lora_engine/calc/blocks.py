@@ -126,7 +126,7 @@ class _Layer:
             blocks.append(self.norm(norm, needs))
         blocks += self.routed()
         blocks.append(self.mlp())
-        beside = s * h // c + self.inner if self.inside_mlp else 0
+        beside = s * h // c + self.inner * (3 if self.trained.scales else 1) if self.inside_mlp else 0
         blocks.append(self.leave(self.out_of_mlp, self._down_input(), beside))
         return [block for block in blocks if block.saved or block.passing or block.gradients]
 
@@ -180,7 +180,9 @@ class _Layer:
         if step.eager:
             per_score = score_saved(shape, step.widths)
             return batch * length * (c * 2 * shape.query_width + shape.num_heads * step.seq_length * per_score)
-        repeated = c * 2 * (shape.query_width - shape.kv_width) * step.tokens
+        # They are copies; where a map gives q, k and v at once, q is a view that keeps all of it.
+        views = 0 if shape.fused_qkv and not shape.rotary else shape.kv_width
+        repeated = c * 2 * (shape.query_width - views) * step.tokens
         fused = c * (shape.query_width + shape.kv_width) * step.tokens if shape.fused_qkv and shape.rotary else 0
         mask = c * batch * step.seq_length * (step.seq_length + length) if shape.is_decoder else 0
         return repeated - fused + c * 2 * shape.query_width * batch * length + mask

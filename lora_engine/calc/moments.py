@@ -11,6 +11,9 @@ from lora_engine.calc.blocks import Block, Step, layer_blocks, norm_passing, nor
 from lora_engine.calc.plans import Plan
 from lora_engine.calc.structure import ModelShape, Part
 
+# Tensors of the MLP's width that its activation has at once on the way up.
+FORWARD_PASSES = {"gelu_new": 4, "gelu_fast": 4}
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -55,9 +58,15 @@ def moments(
     always = 24 * tokens + (2 * widths.stream * step.seq_length * shape.head_dim if shape.rotary else 0)
     held = plan.gradient_bytes if accumulation > 1 else 0
     runs = layer_runs(shape, plan, step, checkpointing)
-    if checkpointing and step.eager:
-        always += widths.weight * batch * step.seq_length**2  # the mask, which every layer is given again
+    if checkpointing and not (plan.full or shape.rotary):
+        always += tokens * widths.stream * shape.hidden_size  # the embedding's output, before positions are added
+    if checkpointing and step.eager and shape.is_decoder:
+        always += (
+            widths.weight * batch * step.seq_length**2 * (2 if shape.softcap else 1)
+        )  # masks, which every layer is given
     inputs = tokens * widths.stream * shape.hidden_size if checkpointing else 0
+    # A layer's first norm keeps the layer's input, which checkpointing has kept already, unless it is a float32 copy.
+    shared = inputs if shape.norm_kind == "layer" or widths.stream == 4 else 0
     kept = sum(run.count * (inputs or run.saved) for run in runs)
     flows = any(run.saved or run.gradients for run in runs) or plan.full
     outside, tail_passing, outer_gradients = _outside(shape, plan, step, rows, flows)
@@ -67,7 +76,9 @@ def moments(
 
     if not flows:
         # Nothing is kept on the way up: the inside of one layer is all there is.
-        inner = widths.compute * shape.intermediate_size * (3 if shape.gated else 2)
+        inner = (
+            widths.compute * shape.intermediate_size * (3 if shape.gated else FORWARD_PASSES.get(shape.activation, 2))
+        )
         passing = tokens * (shape.hidden_size * (3 * widths.stream + widths.compute) + inner)
         yield moment("forward", 0, kept, 0, passing)
     # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its input
@@ -97,7 +108,7 @@ def moments(
         kept -= run.count * (inputs or run.saved)
         for place in {run.count - 1, 0}:
             before = done + run.gradients * (run.count - 1 - place)
-            below = kept + place * (inputs or run.saved) + inputs
+            below = kept + place * (inputs or run.saved) + inputs - shared
             yield from _backward(run, moment, before, below)
         done += run.gradients * run.count
     if plan.full:
@@ -155,6 +166,8 @@ def _outside(shape: ModelShape, plan: Plan, step: Step, rows: int, flows: bool) 
         if linear.per_layer or linear.group == "attention":
             continue
         at = rows if linear.name == shape.output_head else step.tokens
+        if flows and linear.group == "projection" and shape.output_head and not shape.is_decoder:
+            saved += step.tokens * widths.compute * linear.out_features  # its activation's input
         if plan.full or (plan.head and linear.name == shape.output_head):
             saved += at * widths.compute * linear.in_features
         elif linear.name in plan.outer:
