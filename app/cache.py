@@ -26,10 +26,15 @@ def shape(model: str) -> calc.ModelShape:
     return calc.load_shape(model)
 
 
-@st.cache_data(show_spinner=False)
 def model_names() -> list[str]:
-    """The embedded model first, then the catalog."""
-    return ["embedded", *sorted(calc.CATALOG, key=str.lower)]
+    """The embedded model first, then one's own that were dropped in (their folders), then the catalog."""
+    own = sorted(str(path.parent) for path in ledger().home.glob("models/*/config.json"))
+    return ["embedded", *own, *_catalog_names()]
+
+
+@st.cache_data(show_spinner=False)
+def _catalog_names() -> list[str]:
+    return sorted(calc.CATALOG, key=str.lower)
 
 
 @st.cache_data(show_spinner=False)

@@ -22,10 +22,16 @@ WHAT = (
     "The real model, adapters, loss and optimizer run one step on tensors that have sizes and no contents. "
     "Nothing is allocated; it takes some seconds."
 )
+# What backward of the loss makes is logits to the formula and passing by to the tracer: together they compare.
+ROWS = {TERM_WORDS[term]: (term,) for term in TERM_WORDS if term not in ("logits", "overhead")} | {
+    "Logits, loss and what passes by": ("logits", "overhead")
+}
+NO_KERNEL = "scaled_dot_product_attention"
 PHASES = {
     "forward": "in the forward pass",
     "loss": "while the loss is computed",
     "backward": "on the way back",
+    "lower backward": "on the way back through the lower layers",
     "optimizer": "while the optimizer updates the weights",
 }
 
@@ -36,8 +42,9 @@ def trace_arguments(settings: Settings) -> tuple[str, ...]:
     targets = settings.targets if isinstance(settings.targets, str) else ",".join(settings.targets)
     flags = {
         "--method": "lora", "--precision": settings.precision, "--batch": settings.batch_size,
-        "--seq": settings.seq_length, "--attention": settings.attention, "--r": settings.r,
-        "--alpha": settings.lora_alpha, "--targets": targets,
+        "--seq": settings.seq_length, "--attention": settings.attention, "--accumulation": settings.accumulation,
+        "--optimizer": traced_optimizer(settings), "--r": settings.r, "--alpha": settings.lora_alpha,
+        "--targets": targets,
     }  # fmt: skip
     switches = {
         "--checkpointing": settings.checkpointing, "--rslora": settings.use_rslora, "--dora": settings.use_dora,
@@ -47,6 +54,11 @@ def trace_arguments(settings: Settings) -> tuple[str, ...]:
         *(str(part) for pair in flags.items() for part in pair),
         *(name for name, on in switches.items() if on),
     )
+
+
+def traced_optimizer(settings: Settings) -> str:
+    """The sidebar's where torch has it; 8-bit AdamW is traced as AdamW."""
+    return settings.optimizer if settings.optimizer in ("adamw", "sgd") else "adamw"
 
 
 def traced_table(
@@ -61,8 +73,9 @@ def traced_table(
     for key, word in (("total_parameters", "Parameters"), ("trainable_parameters", "Trainable parameters")):
         ours = getattr(counted, key) if counted else None
         rows.append((word, ours, traced[key], traced[key], False))
-    for term, word in TERM_WORDS.items():
-        ours, theirs = estimate.terms[term] if estimate else None, traced["terms"].get(term, 0)
+    for word, terms in ROWS.items():
+        ours = sum(estimate.terms[term] for term in terms) if estimate else None
+        theirs = sum(traced["terms"].get(term, 0) for term in terms)
         if ours or theirs:
             rows.append((word, ours, theirs, traced["peak_bytes"], True))
     rows.append(("Peak", estimate.peak_bytes if estimate else None, traced["peak_bytes"], traced["peak_bytes"], True))
@@ -91,6 +104,13 @@ def difference_sentence(traced: Mapping[str, Any], estimate: calc.MemoryEstimate
     return f"The real step needs **{peak}** at its peak, {where} ({took}). The formula is **{words}**."
 
 
+def trace_error(line: str) -> str:
+    """What went wrong, with what to do where it is known."""
+    if NO_KERNEL in line:
+        return "This architecture has no sdpa kernel: choose eager under Attention kernel and trace again."
+    return line
+
+
 @st.fragment
 def trace_panel(settings: Settings) -> None:
     """The button, and the outcome for as long as the settings are those that were traced."""
@@ -110,7 +130,7 @@ def trace_panel(settings: Settings) -> None:
             return
     outcome = traces[arguments]
     if isinstance(outcome, str):
-        st.error(outcome)
+        st.error(trace_error(outcome))
         if st.button("Try again", key="trace_again"):
             del traces[arguments]
             st.rerun(scope="fragment")
@@ -124,8 +144,7 @@ def show_trace(settings: Settings, traced: Mapping[str, Any]) -> None:
     if not settings.unknown_model:
         shape = cache.shape(settings.model)
         counted = calc.count_parameters(shape, settings.method)
-        # The trace takes one micro-batch with AdamW and adapters in float32.
-        options = settings.memory_options | {"accumulation": 1, "adapter_dtype": "fp32", "optimizer": "adamw"}
+        options = settings.memory_options | {"adapter_dtype": "fp32", "optimizer": traced_optimizer(settings)}
         estimate = calc.estimate_memory(shape, settings.method, precision=settings.precision, **options)
     st.markdown(difference_sentence(traced, estimate))
     st.dataframe(

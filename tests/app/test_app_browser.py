@@ -36,7 +36,8 @@ def open_page(page: Page, name: str) -> None:
 
 
 def drop_file(page: Page, name: str, content: bytes) -> None:
-    page.locator("input[type=file]").first.set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
+    main = page.get_by_test_id("stMain")
+    main.locator("input[type=file]").first.set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
 
 
 def fill_number(page: Page, key: str, value: int) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from app_pages import finished_run, open_page, texts
 from state import Settings
-from tracing import difference_sentence, trace_arguments, traced_table
+from tracing import difference_sentence, trace_arguments, trace_error, traced_table
 
 from lora_engine import calc
 from lora_engine.config import LoraConfig
@@ -46,6 +47,7 @@ def test_a_dropped_config_becomes_the_model(home):
     again = open_page(model=str(model))
     assert again.session_state["_settings"].model == str(model)
     assert not errors(again)
+    assert str(model) in again.selectbox(key="model").options
     assert calc.load_shape(str(model)).num_layers == 3
 
 
@@ -222,8 +224,8 @@ def test_a_trace_beside_the_formula():
     counted = calc.ParameterCount(1000, 100, 10.0, (), ())
     table = traced_table(TRACED, estimate, counted).set_index("figure")
     assert list(table.index) == [
-        "Parameters", "Trainable parameters", "Base weights", "Adapter", "Optimizer", "Activations", "Logits",
-        "Overhead", "Peak",
+        "Parameters", "Trainable parameters", "Base weights", "Adapter", "Optimizer", "Activations",
+        "Logits, loss and what passes by", "Peak",
     ]  # fmt: skip
     assert list(table.loc["Activations"]) == ["260 B", "250 B", "+1.00 %"]
     assert list(table.loc["Peak"]) == ["0.991 KiB", "0.977 KiB", "+1.50 %"]
@@ -248,10 +250,59 @@ def test_the_arguments_are_those_of_the_command_line():
     arguments = trace_arguments(settings)
     assert arguments[0] == absolute_model("openai-community/gpt2")
     assert dict(zip(arguments[1:-1:2], arguments[2:-1:2], strict=True)) == {
-        "--method": "lora", "--precision": "fp32", "--batch": "8", "--seq": "128", "--attention": "sdpa", "--r": "4",
-        "--alpha": "6.0", "--targets": "c_attn,c_fc",
+        "--method": "lora", "--precision": "fp32", "--batch": "8", "--seq": "128", "--attention": "sdpa",
+        "--accumulation": "1", "--optimizer": "adamw", "--r": "4", "--alpha": "6.0", "--targets": "c_attn,c_fc",
     }  # fmt: skip
     assert arguments[-1] == "--checkpointing"
+
+
+def traces(app):
+    app.session_state["trace_fold"] = True
+    app.run()
+    app.button(key="trace").click().run(timeout=120)
+    assert not app.exception
+    return next(table for table in tables(app) if "traced" in table)
+
+
+def test_a_known_model_is_traced_beside_its_formula():
+    app = drop_config(open_page(batch="2", seq="16", r="4"), LLAMA)
+    table = traces(app).set_index("figure")
+    assert not errors(app)
+    assert table.loc["Parameters", "difference"] == table.loc["Trainable parameters", "difference"] == "none"
+    off = float(table.loc["Peak", "difference"].removesuffix(" %").replace("none", "0"))
+    assert abs(off) <= 5
+    assert "The formula is **" in texts(app)
+    # It stays while the settings stay, goes when they change, and comes back with them.
+    app.select_slider(key="r").set_value(8).run()
+    assert app.button(key="trace").label == "Trace it"
+    app.select_slider(key="r").set_value(4).run()
+    assert any("traced" in table for table in tables(app))
+
+
+def test_an_unknown_architecture_is_traced_in_place_of_a_formula():
+    codegen = {"model_type": "codegen", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "rotary_dim": 4}
+    app = drop_config(open_page(batch="2", seq="16", attention_kernel="eager"), codegen)
+    app.button(key="trace").click().run(timeout=120)
+    assert not errors(app)
+    table = next(table for table in tables(app) if "traced" in table)
+    assert list(table.columns) == ["figure", "traced"]
+    # Counted by transformers itself.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        facts = {key: value for key, value in codegen.items() if key != "model_type"}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("codegen", **facts))
+    assert table["traced"][0] == f"{sum(p.numel() for p in model.parameters()):,}"
+
+
+def test_a_trace_that_fails_says_why_once_and_can_be_tried_again():
+    app = drop_config(open_page(), {"model_type": "no_such_architecture", "hidden_size": 64})
+    app.button(key="trace").click().run(timeout=120)
+    assert len(errors(app)) == 1
+    assert "transformers cannot read its config" in errors(app)[0]
+    app.select_slider(key="r").set_value(4).run()
+    assert app.button(key="trace").label == "Trace it"
+    assert "choose eager" in trace_error("X does not support ... scaled_dot_product_attention yet.")
 
 
 def test_a_quantised_step_is_not_traced():
