@@ -24,7 +24,7 @@ WHAT = (
 )
 # What backward of the loss makes is logits to the formula and passing by to the tracer: together they compare.
 ROWS = {TERM_WORDS[term]: (term,) for term in TERM_WORDS if term not in ("logits", "overhead")} | {
-    "Logits, loss and what passes by": ("logits", "overhead")
+    "Logits and overhead": ("logits", "overhead")
 }
 NO_KERNEL = "scaled_dot_product_attention"
 PHASES = {
@@ -85,10 +85,16 @@ def traced_table(
         entry = {"figure": word, "formula": text(ours), "traced": text(theirs)}
         if ours is not None and whole:
             off = 100 * (ours - theirs) / whole
-            entry["difference"] = f"{'+' if off > 0 else ''}{format_percent(off)}" if ours != theirs else "none"
+            entry["difference"] = _difference(off) if ours != theirs else "none"
         table.append(entry)
     frame = pd.DataFrame(table)
     return frame.drop(columns="formula") if estimate is None else frame
+
+
+def _difference(off: float) -> str:
+    if abs(off) < 0.01:
+        return "under 0.01 %"
+    return f"{'+' if off > 0 else '−'}{format_percent(abs(off))}"
 
 
 def difference_sentence(traced: Mapping[str, Any], estimate: calc.MemoryEstimate | None) -> str:
@@ -120,20 +126,21 @@ def trace_panel(settings: Settings) -> None:
     if arguments not in traces:
         if quantised:
             st.caption(f"A step in {settings.precision} cannot be traced; fp32, fp16, bf16 and mixed ones can.")
-        if st.button("Trace it", key="trace", icon=":material/biotech:", disabled=quantised, help=WHAT):
-            with st.spinner("Tracing a step of the real model", show_time=True):
-                try:
-                    traces[arguments] = trace_model(arguments)
-                except LoraExplorerError as error:
-                    traces[arguments] = str(error)
-        else:
+        place = st.empty()
+        if not place.button("Trace it", key="trace", icon=":material/biotech:", disabled=quantised):
             return
+        with place, st.spinner("Tracing a step of the real model", show_time=True):
+            try:
+                traces[arguments] = trace_model(arguments)
+            except LoraExplorerError as error:
+                traces[arguments] = str(error)
+        place.empty()
     outcome = traces[arguments]
     if isinstance(outcome, str):
         st.error(trace_error(outcome))
         if st.button("Try again", key="trace_again"):
             del traces[arguments]
-            st.rerun(scope="fragment")
+            st.rerun()
         return
     show_trace(settings, outcome)
 

@@ -54,8 +54,6 @@ with left:
         alt=f"Predicted peak memory by precision, full fine-tuning beside LoRA at rank {settings.r}, stacked by term.",
     )
     moment_caption(settings)
-    if not settings.unknown_model:
-        check_fold(settings)
 with right:
     st.subheader("Parameters against rank", anchor=False)
     parameters = charts.parameter_table(rows)
@@ -69,6 +67,8 @@ with right:
         f"rank {settings.r} is marked.",
     )
     rank_notes(settings)
+if not settings.unknown_model:
+    check_fold(settings)
 
 show_fits(settings)
 show_compute(settings)
