@@ -13,6 +13,7 @@ page = st.navigation(
         st.Page("views/finetune.py", title="Fine-tune", icon=":material/model_training:"),
         st.Page("views/sweep.py", title="Sweep", icon=":material/grid_on:"),
         st.Page("views/runs.py", title="Runs", icon=":material/history:"),
+        st.Page("views/accuracy.py", title="Accuracy", icon=":material/target:"),
     ]
 )
 sidebar()

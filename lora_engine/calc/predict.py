@@ -45,6 +45,7 @@ def predict_run(config: RunConfig, rows: RowFacts | None = None) -> dict[str, An
         seq_length=longest,
         optimizer=config.train.optimizer,
         checkpointing=config.train.checkpointing,
+        accumulation=config.train.accumulation,
         labelled_share=1.0 if rows is None else min(1.0, rows.trained_tokens / longest),
     )
     return {
