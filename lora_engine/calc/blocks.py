@@ -225,6 +225,9 @@ class _Layer:
                 gradients += step.widths.weight * x.num_parameters
             else:
                 merged += c * size  # W + s B A, formed anew in every pass and kept for the way back
+                if step.widths.mixed:  # autocast's copies of the factors
+                    values = trained.ranks[x.name] * x.num_experts * (x.in_features + x.out_features)
+                    merged += step.widths.compute * values
                 gradients += (
                     trained.adapter_width * trained.ranks[x.name] * x.num_experts * (x.in_features + x.out_features)
                 )
@@ -288,7 +291,7 @@ class _Layer:
                 if trained.magnitudes:
                     saved += self.step.tokens * widths.compute * x.out_features
                     size += x.out_features
-                    dense = max(dense, 8 * n)  # W + s B A and its square, for the norm of each output
+                    dense = max(dense, 4 * n if widths.weight < 4 else 0)  # W in float32, for the norm of each output
                 gradients += trained.adapter_width * size
             if widths.mixed and (self.flows or trained.trains(x) or self.after_qkv):
                 saved += widths.compute * n  # autocast's copy, kept for the gradient of the input

@@ -76,33 +76,31 @@ def moments(
         return Moment(name, held or gradients, activations, logits, always + overhead)
 
     if not flows:
-        # Nothing is kept on the way up: the inside of one layer is all there is.
-        inner = (
-            widths.compute * shape.intermediate_size * (3 if shape.gated else FORWARD_PASSES.get(shape.activation, 2))
-        )
-        passing = tokens * (shape.hidden_size * (3 * widths.stream + widths.compute) + inner)
-        yield moment("forward", 0, kept, 0, passing)
+        yield moment("forward", 0, kept, 0, _forward_passing(shape, step))
     # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its input
     # beside it (4 + 4). The half-precision logits are gone by then, unless a tanh reads them again.
-    every = widths.compute * shape.vocab_size * tokens
+    c, vocab = widths.compute, shape.vocab_size
+    every = c * vocab * tokens
     capped = every if shape.softcap else 0
-    head_copy = widths.compute * shape.vocab_size * shape.hidden_size if widths.mixed and shape.output_head else 0
-    yield moment("loss", 0, kept + outside, 12 * shape.vocab_size * rows + capped, head_copy)
+    # A float32 head has a copy in half precision, kept for the gradient of the hidden state where one is asked for.
+    copied = shape.output_head is not None and (widths.mixed or (plan.head and c == 2))
+    copy = c * vocab * shape.hidden_size if copied else 0
+    yield moment("loss", 0, kept + outside, (8 if c == 4 else 8 + c) * vocab * rows + capped, copy)
+    yield moment("loss", 0, kept + outside, 12 * vocab * rows + capped, copy if flows else 0)
     if shape.output_head and not shape.plain_head:
         # Logits of every token were made and the labelled ones picked: their gradient goes back into the room of all.
-        yield moment(
-            "loss", 0, kept + outside, widths.compute * shape.vocab_size * rows + capped + 2 * every, head_copy
-        )
+        picked = c * vocab * rows + capped + 2 * every
+        yield moment("loss", 0, kept + outside, picked, copy if flows else 0)
     head_gradient = (widths.weight if plan.full else 4) * _head_parameters(shape) if plan.full or plan.head else 0
     # A tied head's gradient waits for the embedding's, also where gradients of earlier micro-batches are held.
     waiting = head_gradient if plan.full and shape.tied else 0
     always += waiting if held else 0
     done = outer_gradients
     if head_gradient:
-        logits = widths.compute * shape.vocab_size * rows + capped
+        logits = c * vocab * rows + capped
         passing = rows * widths.compute * shape.hidden_size + (held and head_gradient) - (held and waiting)
-        # Under autocast the gradient is made in half precision; the weight's own copy is gone by then.
-        yield moment("head", head_gradient, kept + outside, logits, head_copy + passing)
+        # A float32 gradient is made in half precision first; the weight's own copy is gone by then.
+        yield moment("head", head_gradient, kept + outside, logits, copy + passing)
         done += head_gradient
     yield moment("backward", done, kept + outside, 0, tail_passing)
     for run in reversed(runs):
@@ -120,6 +118,18 @@ def moments(
             passing += waiting  # the head's gradient, the embedding's, and their sum
         yield moment("embedding", done + table, 0, 0, passing)
     yield Moment("optimizer", plan.gradient_bytes, 0, 0, always)
+
+
+def _forward_passing(shape: ModelShape, step: Step) -> int:
+    """What one layer holds on the way up when nothing is kept, in bytes."""
+    c, s, h = step.widths.compute, step.widths.stream, shape.hidden_size
+    inner = c * shape.intermediate_size * (3 if shape.gated else FORWARD_PASSES.get(shape.activation, 2))
+    mlp = h * (3 * s + c) + inner
+    if not step.eager:
+        return step.tokens * mlp
+    # The masked scores, their float32 copy and softmax's result; the mask; q, and k and v for every head.
+    scores = shape.num_heads * step.seq_length * (8 if c == 4 else 8 + c) + c * step.seq_length
+    return step.tokens * max(mlp, scores + h * (2 * s + c) + 3 * c * shape.query_width)
 
 
 def _backward(run: _Run, moment: Callable[..., Moment], done: int, below: int) -> Iterator[Moment]:

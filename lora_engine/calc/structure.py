@@ -53,6 +53,7 @@ class OtherShape:
     per_layer: bool = False
     feeds: tuple[str, ...] = ()
     num_groups: int = 1  # a norm over heads normalises so many groups per token
+    is_matrix: bool = False  # Cohere's norms over heads have weights (heads, head_dim)
     layers: tuple[int, ...] | None = None
     path: str = ""
 

@@ -280,6 +280,8 @@ def _parameters_of(shape: ModelShape) -> list[tuple[Part, str, tuple[int, int, i
             continue
         matrix = other.kind != "norm" and other.num_parameters > other.width
         sizes = (1, other.width, other.num_parameters // other.width) if matrix else None
+        if other.is_matrix:
+            sizes = (1, other.width // other.num_groups, other.num_groups)
         listed.append((other, f"{other.name}.weight", sizes))
         if other.kind == "norm" and shape.norm_kind == "layer":
             listed.append((other, f"{other.name}.bias", None))

@@ -250,9 +250,12 @@ def test_selection_says_ranks_and_layers():
         ("self_attn.v_proj", 2, 2),
     ]
     assert selection.first_layer == 2
-    both, q = frozenset({"self_attn.q_proj", "self_attn.v_proj"}), frozenset({"self_attn.q_proj"})
-    assert selection.patterns == ((both, (2,)), (both, (3,)), (q, (5,)))
-    assert selection.low_ranks == ((1, 2), (0, 7), (1, 0))
+    patterns = [({t.name: t.r(config) for t in targets}, layers) for targets, layers in selection.patterns]
+    assert patterns == [
+        ({"self_attn.q_proj": 8, "self_attn.v_proj": 2}, (2,)),
+        ({"self_attn.q_proj": 5, "self_attn.v_proj": 2}, (3,)),
+        ({"self_attn.q_proj": 8}, (5,)),
+    ]
     assert (selection.values_per_rank, selection.fixed_values) == (2 * 384, 5 * 384 + 2 * 2 * 256)
 
 

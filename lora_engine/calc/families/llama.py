@@ -308,7 +308,7 @@ def cohere(facts: Facts) -> ModelShape:
         num_heads, kv_heads, d = heads
         if facts.flag("use_qk_norm", False):
             for name, count in (("q", num_heads), ("k", kv_heads)):
-                parts.inner(f"self_attn.{name}_norm", count * d, "norm", count * d, num_groups=count)
+                parts.inner(f"self_attn.{name}_norm", count * d, "norm", count * d, num_groups=count, is_matrix=True)
 
     return llama_like(
         facts,
