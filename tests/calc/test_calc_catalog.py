@@ -118,6 +118,8 @@ def test_distilled_models_are_those_they_were_made_from():
         ("GPT2", "openai-community/gpt2"),
         ("TinyLlama", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
         ("phi-3-mini", "microsoft/Phi-3-mini-4k-instruct"),
+        ("Phi-3", "microsoft/Phi-3-mini-4k-instruct"),
+        ("Mistral-7B", "mistralai/Mistral-7B-v0.1"),
         ("Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1"),
         ("Mixtral-8x7B", "mistralai/Mixtral-8x7B-v0.1"),
         ("Llama-4-Scout", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
@@ -139,7 +141,6 @@ def test_catalog_names_in_any_case_and_short(name, hub_id):
             "SmolLM2",
             "HuggingFaceTB/SmolLM2-135M, HuggingFaceTB/SmolLM2-360M, HuggingFaceTB/SmolLM2-1.7B",
         ),
-        ("Mistral-7B", "mistralai/Mistral-7B-v0.1, mistralai/Mistral-7B-v0.3"),
     ],
 )
 def test_ambiguous_short_name_lists_what_it_could_be(name, allowed):

@@ -16,9 +16,17 @@ from lora_engine.errors import NotFoundError
 CATALOG: dict[str, dict[str, Any]] = {**FIRST_DECODERS, **DECODERS, **WITH_EXPERTS, **ENCODERS_AND_T5}
 
 
+# Names that begin several ids and by which people mean one.
+SHORT_NAMES = {
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "phi-3": "microsoft/Phi-3-mini-4k-instruct",
+}
+
+
 def find_model(name: str) -> str | None:
-    """The hub id that `name` means, in any case: the id itself, its last part, or a beginning of that up to
-    a "-" which only one model has ("TinyLlama", "Phi-3"). None when nothing begins so.
+    """The hub id that `name` means, in any case: the id itself, its last part, one of SHORT_NAMES, or a beginning
+    up to a "-" which only one model has ("TinyLlama"). None when nothing begins so.
 
     Raises NotFoundError when several models begin so."""
     wanted = name.strip().lower()
@@ -26,6 +34,8 @@ def find_model(name: str) -> str | None:
     for hub_id, last in short.items():
         if wanted in (hub_id.lower(), last):
             return hub_id
+    if wanted in SHORT_NAMES:
+        return SHORT_NAMES[wanted]
     if "/" in wanted or not wanted:
         return None
     begins = [hub_id for hub_id, last in short.items() if last.startswith(wanted + "-")]
