@@ -17,7 +17,7 @@ from lora_engine.core import quantize as core
 
 QUANTIZED_PRECISIONS = ("int8", "nf4", "nf4-dq")
 
-# Values worked on at once; multiples of the NF4 blocks.
+# Values worked on at once; multiples of BLOCK * NESTED_BLOCK.
 _PIECE = {"cpu": 2**16}
 _LARGE_PIECE = 2**22
 
@@ -118,9 +118,6 @@ def dequantize(state: State, precision: str, shape: tuple[int, int], dtype: torc
             part = codes[start : start + rows].float()
             out[start : start + rows] = part.mul_(absmax[start : start + rows, None]).mul_(float(core.INT8_STEP))
         return out
-    if precision == "nf4-dq":
-        scales = _constant("dynamic_code", codes.device).index_select(0, absmax.int())
-        absmax = _scaled(scales, state["nested_absmax"], core.NESTED_BLOCK).add_(state["offset"])
     flat = out.view(-1)
     pairs = _constant("pairs", codes.device)
     for start in range(0, flat.numel(), _piece(codes.device)):
@@ -128,7 +125,13 @@ def dequantize(state: State, precision: str, shape: tuple[int, int], dtype: torc
         packed = codes[start // 2 : (start + place.numel() + 1) // 2].int()
         part = pairs.index_select(0, packed).view(torch.float32)[: place.numel()]
         del packed
-        place.copy_(_scaled(part, absmax[start // core.BLOCK :], core.BLOCK))
+        first = start // core.BLOCK
+        scales = absmax[first : first - (-place.numel() // core.BLOCK)]
+        if precision == "nf4-dq":
+            scales = _constant("dynamic_code", codes.device).index_select(0, scales.int())
+            nested = state["nested_absmax"][first // core.NESTED_BLOCK :]
+            scales = _scaled(scales, nested, core.NESTED_BLOCK).add_(state["offset"])
+        place.copy_(_scaled(part, scales, core.BLOCK))
     return out
 
 
