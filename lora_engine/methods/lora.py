@@ -176,8 +176,10 @@ class LoraLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W0 + delta_W into the base layer, packed again where W0 is; W0 is kept aside, so unmerge restores every
-        bit."""
+        """W0 + delta_W into the base layer; W0 is kept aside, so unmerge restores every bit.
+
+        A packed W0 is packed again. It lies on the values of its own blocks, so in NF4 nearly all of an update that is
+        small against their distance is rounded away: `unpack_model` first where that matters."""
         if self.merged:
             return
         if isinstance(self.base_layer, QuantizedLinear):

@@ -242,6 +242,27 @@ def quantize_model(model: nn.Module, precision: str, device: torch.device | None
     return model
 
 
+@torch.no_grad()
+def unpack_model(model: nn.Module) -> nn.Module:
+    """Inverse of `quantize_model` up to rounding, in place: layers of the packed weights' values, in the type that the
+    model was read in. What an update is merged into without being rounded away."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        weight = layer.weight
+        shape = (layer.in_features, layer.out_features)
+        if layer.was_conv1d:
+            plain: Any = Conv1D(*reversed(shape))
+            weight = weight.t().contiguous()
+        else:
+            plain = nn.Linear(*shape, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = layer.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain.train(layer.training))
+    return model
+
+
 def device_of(layer: nn.Module) -> torch.device:
     """Where the weight of a linear layer is, packed or not."""
     if isinstance(layer, QuantizedLinear):

@@ -37,6 +37,7 @@ from lora_engine.methods.quantized import (
     quantize,
     quantize_model,
     stored_bytes,
+    unpack_model,
 )
 from lora_engine.training.base import load_base, resolve_model
 from lora_engine.training.batches import label_batch, make_batch
@@ -248,6 +249,20 @@ def test_merging_packs_the_sum_again_and_unmerging_restores_every_byte(precision
     lora.unmerge(model)
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
     assert torch.equal(model(input_ids=tiny.token_ids()).logits, logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_unpacked_it_is_the_same_model_and_merges_in_full(precision, kind):
+    model = methods.inject(packed_model(precision, kind, torch.float32), LoraConfig(r=3))
+    for layer in lora.lora_layers(model).values():
+        layer.lora_B.weight.data.fill_(0.01)
+    with torch.no_grad():
+        logits = model(input_ids=tiny.token_ids()).logits
+        unpack_model(model)
+        assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+        torch.testing.assert_close(model(input_ids=tiny.token_ids()).logits, logits, rtol=1e-4, atol=1e-5)
+        lora.merge(model)
+        assert (model(input_ids=tiny.token_ids()).logits - logits).norm() <= 1e-5 * logits.norm()
 
 
 def test_ia3_does_not_merge_into_bytes(precision):
