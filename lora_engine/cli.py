@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from lora_engine import __version__
 from lora_engine.commands import find_command
-from lora_engine.config import DEFAULT_LRS, DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS
+from lora_engine.config import DEFAULT_LRS, DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS
 from lora_engine.errors import ConfigError, InputError, LoraExplorerError
 
 # What the engine calls an argument, and what the command line calls it.
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     loop.add_argument("--steps", type=int, default=60)
     loop.add_argument("--batch", type=int, default=8, help="sequences a step")
     loop.add_argument("--seq", type=int, default=128, help="tokens a sequence, at most")
-    loop.add_argument("--precision", default="fp32", choices=TRAINABLE_PRECISIONS)
+    loop.add_argument("--precision", default="fp32", choices=PRECISIONS)
     loop.add_argument("--device", default="auto", choices=DEVICES)
 
     def add(name: str, text: str, *parents: _Parser) -> _Parser:

@@ -14,7 +14,15 @@ from typing import Any, ClassVar
 from lora_engine.errors import ConfigError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "mixed-fp16", "mixed-bf16", "int8", "nf4", "nf4-dq")
-TRAINABLE_PRECISIONS = ("fp32", "fp16", "bf16", "mixed-fp16", "mixed-bf16")
+TRAINABLE_PRECISIONS = (
+    "fp32",
+    "fp16",
+    "bf16",
+    "mixed-fp16",
+    "mixed-bf16",
+)  # of weights; the others are for frozen ones
+# Float16 weights have no float32 copy for loss scaling to work on.
+FULL_PRECISIONS = tuple(precision for precision in TRAINABLE_PRECISIONS if precision != "fp16")
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -242,7 +250,7 @@ class TrainConfig:
         _check_int("eval_examples", self.eval_examples, 1, 1_000_000)
         _check_int("checkpoint_every", self.checkpoint_every, 1, 1_000_000)
         _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("precision", self.precision, TRAINABLE_PRECISIONS)
+        _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("device", self.device, DEVICES)
         _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
 
@@ -286,9 +294,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model", self.model, "embedded, a folder, or a hub id")
-        if isinstance(self.method, FullConfig) and self.train.precision == "fp16":
-            # Float16 weights have no float32 copy for loss scaling to work on.
-            raise ConfigError("precision", "fp16", "fp32, bf16, mixed-fp16 or mixed-bf16 with full fine-tuning")
+        if isinstance(self.method, FullConfig) and self.train.precision not in FULL_PRECISIONS:
+            allowed = f"{', '.join(FULL_PRECISIONS)} with full fine-tuning"
+            if self.train.precision not in TRAINABLE_PRECISIONS:
+                allowed += "; quantised weights cannot be trained"
+            raise ConfigError("precision", self.train.precision, allowed)
 
 
 def to_dict(config: RunConfig | MethodConfig | TrainConfig | DataConfig) -> dict[str, Any]:

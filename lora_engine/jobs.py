@@ -24,6 +24,7 @@ from lora_engine.data import (
 )
 from lora_engine.errors import ConfigError, DataError
 from lora_engine.methods import inject, lora, trainable_parameters
+from lora_engine.methods.quantized import num_parameters
 from lora_engine.training.base import autocast_of, check_context, load_base, resolve_device, resolve_model
 from lora_engine.training.batches import evaluation_batches
 from lora_engine.training.generate import generate_text
@@ -93,7 +94,7 @@ def execute_run(
 
     note("loading the base model")
     model = load_base(base_folder, config.train, device, classes=classes, pad_id=tokenizer.pad_id)
-    total = sum(p.numel() for p in model.parameters())
+    total = num_parameters(model)
     before = answer()
     model = inject(model, config.method, seed=config.train.seed)
     check_context(model, config.train)  # a prefix takes places of its own

@@ -60,6 +60,10 @@ class Trained:
         return self.full or linear.name in self.ranks
 
 
+# Packed weights are unpacked piece by piece; on the CPU in smaller pieces.
+UNPACKED_AT_ONCE = 2**22
+
+
 @dataclass(frozen=True)
 class Step:
     """What a training step is made of, as far as bytes go."""
@@ -68,7 +72,13 @@ class Step:
     tokens: int
     seq_length: int
     eager: bool
-    quantised: bool
+    unpacking: int = 0  # bytes a value while packed weights are unpacked; 0: they are not packed
+
+    def unpacked(self, num_values: int) -> int:
+        """Bytes that a packed weight of so many values takes while it is used."""
+        if not self.unpacking:
+            return 0
+        return self.widths.compute * num_values + self.unpacking * min(num_values, UNPACKED_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -295,8 +305,7 @@ class _Layer:
                 gradients += trained.adapter_width * size
             if widths.mixed and (self.flows or trained.trains(x) or self.after_qkv):
                 saved += widths.compute * n  # autocast's copy, kept for the gradient of the input
-            if self.step.quantised:
-                dense = max(dense, widths.compute * n)  # dequantised anew in backward
+            dense = max(dense, self.step.unpacked(n))
             if trained.full:
                 dense = max(dense, widths.weight * n)
         return Block(saved, max(passing, beside + dense if dense else 0), gradients)

@@ -22,6 +22,8 @@ TERMS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits"
 ATTENTIONS = ("sdpa", "eager")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+# Bytes a value beside the unpacked weight itself, for pieces of UNPACKED_AT_ONCE values (methods.quantized).
+UNPACKING = {"int8": 4, "nf4": 6, "nf4-dq": 6}
 MERGEABLE = ("lora", "ia3")
 ADAPTER_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -122,7 +124,7 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
         settings.batch_size * settings.seq_length,
         settings.seq_length,
         settings.attention == "eager" or shape.softcap,
-        settings.precision not in TRAINABLE_PRECISIONS,
+        UNPACKING.get(settings.precision, 0),
     )
     highest = max(
         moments(
@@ -185,7 +187,7 @@ def weight_bytes(shape: ModelShape, precision: str) -> int:
 
     int8 (LLM.int8, Dettmers et al. 2022): a byte each and a float32 scale per row. nf4 (QLoRA, Dettmers et al.
     2023): half a byte each and a float32 scale per block of 64; nf4-dq: those scales in 8 bits, in blocks of 256
-    with a float32 each (4.127 bits a weight)."""
+    with a float32 each and their mean (4.127 bits a weight)."""
     width = WIDTHS[precision].weight
     if precision not in ("int8", "nf4", "nf4-dq"):
         return width * shape.total_parameters
@@ -198,7 +200,7 @@ def weight_bytes(shape: ModelShape, precision: str) -> int:
             size = n + 4 * linear.out_features
         else:
             blocks = -(-n // 64)
-            size = -(-n // 2) + (4 * blocks if precision == "nf4" else blocks + 4 * -(-blocks // 256))
+            size = -(-n // 2) + (4 * blocks if precision == "nf4" else blocks + 4 * -(-blocks // 256) + 4)
         total += linear.count * (size - width * n)
     return total
 

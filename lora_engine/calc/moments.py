@@ -75,8 +75,11 @@ def moments(
     def moment(name: str, gradients: int, activations: int, logits: int, overhead: int) -> Moment:
         return Moment(name, held or gradients, activations, logits, always + overhead)
 
-    if not flows:
-        yield moment("forward", 0, kept, 0, _forward_passing(shape, step))
+    # Where layers keep nothing of their inside, one layer's inside is on top; else the last norm's temporaries.
+    weight = step.unpacked(max(x.in_features * x.out_features for x in shape.linears if x.per_layer))
+    last = tokens * shape.hidden_size * (4 + 3 * widths.stream)
+    inside = _forward_passing(shape, step) if checkpointing or not flows else 0
+    yield moment("forward", 0, kept, 0, max(last, inside) + weight)
     # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its input
     # beside it (4 + 4). The half-precision logits are gone by then, unless a tanh reads them again.
     c, vocab = widths.compute, shape.vocab_size

@@ -7,14 +7,11 @@ import time
 
 from lora_engine.commands.requests import Output, method_of
 from lora_engine.config import TrainConfig
-from lora_engine.errors import ConfigError
 from lora_engine.text import bytes_text, table_text
 
 
 def trace(arguments: argparse.Namespace) -> Output:
     """Trace one training step of MODEL; nothing is downloaded, read or allocated but its config."""
-    if arguments.precision in ("int8", "nf4", "nf4-dq"):
-        raise ConfigError("precision", arguments.precision, "fp32, fp16, bf16, mixed-fp16 or mixed-bf16")
     method = method_of(arguments)
     train = TrainConfig(
         precision=arguments.precision,

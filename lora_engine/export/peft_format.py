@@ -41,7 +41,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, *, base_model: str, out: 
         "alpha_pattern": dict(config.alpha_pattern),
         "target_parameters": list(config.target_parameters) or None,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(_stores_in_out(layer.base_layer) for layer in layers.values()),
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
@@ -95,6 +95,10 @@ def _peft_name(name: str) -> str:
 def _own_name(name: str) -> str:
     name = name.removeprefix(_PREFIX)
     return f"{name}.weight" if f"{name}.weight".endswith(_MAGNITUDE) else name
+
+
+def _stores_in_out(layer: nn.Module) -> bool:
+    return isinstance(layer, Conv1D) or getattr(layer, "was_conv1d", False)
 
 
 def _target_facts(model: nn.Module, config: LoraConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lora_engine import core
 from lora_engine.config import BottleneckConfig
 from lora_engine.errors import NotMergeableError
 from lora_engine.methods.places import ATTENTION_OUTPUTS, MLP_OUTPUTS, replace_module, sublayer_outputs
+from lora_engine.methods.quantized import device_of
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}
 
@@ -29,7 +30,7 @@ class BottleneckLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         width = max(1, hidden_size // config.reduction_factor)
-        device = next(base_layer.parameters()).device
+        device = device_of(base_layer)
         self.adapter_down = nn.Linear(hidden_size, width, device=device)
         self.adapter_up = nn.Linear(width, hidden_size, device=device)
         self.activation = _ACTIVATIONS[config.activation]

@@ -6,15 +6,14 @@ Scales start at one, so training starts from the base model, and merge into the 
 PEFT; like there, a map that gives queries, keys and values at once is scaled whole.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine.config import IA3Config
-from lora_engine.errors import TargetError
+from lora_engine.errors import NotMergeableError, TargetError
 from lora_engine.methods.places import MLP_OUTPUTS, replace_module, sublayer_outputs, transformer_layers
+from lora_engine.methods.quantized import QuantizedLinear, device_of, features_of
 
 # Within a layer; the first that fits.
 _KEYS_AND_VALUES = (
@@ -32,11 +31,10 @@ class IA3Layer(nn.Module):
     def __init__(self, base_layer: nn.Module, *, is_feedforward: bool) -> None:
         super().__init__()
         self.base_layer, self.is_feedforward = base_layer, is_feedforward
-        weight: Any = base_layer.weight
         self.stores_in_out = isinstance(base_layer, Conv1D)
-        out_features, in_features = reversed(weight.shape) if self.stores_in_out else weight.shape
+        in_features, out_features = features_of(base_layer)
         shape = (1, in_features) if is_feedforward else (out_features, 1)
-        self.ia3_l = nn.Parameter(torch.ones(shape, device=weight.device))
+        self.ia3_l = nn.Parameter(torch.ones(shape, device=device_of(base_layer)))
         self.base_weights: dict[str, Tensor] = {}
         self.train(base_layer.training)
 
@@ -56,6 +54,11 @@ class IA3Layer(nn.Module):
         """The scales into weight and bias; both are kept aside, so unmerge restores every bit."""
         if self.base_weights:
             return
+        if isinstance(self.base_layer, QuantizedLinear):
+            raise NotMergeableError(
+                f"precision is {self.base_layer.precision!r}; (IA)^3 is merged into weights that are not packed: "
+                "allowed fp32, fp16, bf16, mixed-fp16, mixed-bf16."
+            )
         named = dict(self.base_layer.named_parameters())
         self.base_weights = {name: p.detach().to("cpu", copy=True) for name, p in named.items()}
         scales = self.ia3_l.t() if self.stores_in_out else self.ia3_l

@@ -18,25 +18,35 @@ from lora_engine.calc.matching import ALIASES, select_by_config, shown
 from lora_engine.config import LoraConfig
 from lora_engine.errors import TargetError
 from lora_engine.methods.lora_parameters import Factor, LoraParameter, inject_parameters
+from lora_engine.methods.quantized import QuantizedLinear, device_of, features_of, frozen_linear, quantize
 
 
 class _LowRankLinear(torch.autograd.Function):
     """h = x W0^T + bias + s (x A^T) B^T with W0 frozen (core.forward and core.backward).
 
     One node instead of five: x is saved once, beside the (rows, r) product x A^T; no gradient of
-    W0 is ever formed and the two products of each direction are added in place."""
+    W0 is ever formed and the two products of each direction are added in place. A packed W0 is dequantised in
+    forward and again in backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+        ctx: Any,
+        rows: Tensor,
+        base: Tensor | QuantizedLinear,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
     ) -> Tensor:
         # rows (n, in), weight (out, in), A (r, in), B (out, r) -> (n, out). Two dimensions only: a
         # view made in here could not be added to in place, as Falcon does.
+        packed = isinstance(base, QuantizedLinear)
+        weight = base.dequantize(rows.dtype) if isinstance(base, QuantizedLinear) else base
         low = rows @ A.t()
         h = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         h.addmm_(low, B.t(), alpha=scaling)
-        ctx.save_for_backward(rows, low, weight, A, B)
-        ctx.scaling = scaling
+        ctx.save_for_backward(rows, low, None if packed else weight, A, B)
+        ctx.scaling, ctx.packed = scaling, base if packed else None
         return h
 
     @staticmethod
@@ -46,6 +56,8 @@ class _LowRankLinear(torch.autograd.Function):
         g_low = (g @ B).mul_(ctx.scaling)
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
+            if ctx.packed is not None:
+                weight = ctx.packed.dequantize(g.dtype)
             grad_x = (g @ weight).addmm_(g_low, A)
         if ctx.needs_input_grad[3]:
             grad_A = g_low.t() @ rows
@@ -65,12 +77,12 @@ class LoraLayer(nn.Module):
         super().__init__()
         config = config.at(name)
         self.base_layer = base_layer
-        self.in_features, self.out_features = _features(base_layer)
-        weight: Any = base_layer.weight
+        self.in_features, self.out_features = features_of(base_layer)
         A = core.init_A(config.r, self.in_features, seed=seed, name=name)
         B = core.init_B(self.out_features, config.r)
-        self.lora_A = Factor(torch.from_numpy(A).to(weight.device))
-        self.lora_B = Factor(torch.from_numpy(B).to(weight.device))
+        device = device_of(base_layer)
+        self.lora_A = Factor(torch.from_numpy(A).to(device))
+        self.lora_B = Factor(torch.from_numpy(B).to(device))
         self.r = config.r
         self.scaling = core.scaling_factor(config.r, config.lora_alpha, use_rslora=config.use_rslora)
         self.lora_magnitude_vector: Factor | None = None
@@ -78,7 +90,8 @@ class LoraLayer(nn.Module):
             self.lora_magnitude_vector = Factor(torch.linalg.vector_norm(self._weight().detach().float(), dim=1))
         self.scale = 1.0
         self.lora_dropout = config.lora_dropout
-        self.base_weight: Tensor | None = None
+        # W0 while merged: the weight, or the bytes of a packed one.
+        self.base_weight: Tensor | dict[str, Tensor] | None = None
         self.train(base_layer.training)
 
     @property
@@ -98,7 +111,8 @@ class LoraLayer(nn.Module):
         base_layer: Any = self.base_layer
         bias = None if base_layer.bias is None else base_layer.bias.to(dtype)
         A, B = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
-        x, weight = x.to(dtype), self._weight().to(dtype)
+        x = x.to(dtype)
+        weight = base_layer if isinstance(base_layer, QuantizedLinear) else self._weight().to(dtype)
         dropout = self.lora_dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):
             if self.lora_magnitude_vector is not None:
@@ -107,10 +121,10 @@ class LoraLayer(nn.Module):
             scaling = self.scaling * self.scale
             if dropout:
                 dropped = nn.functional.dropout(x, dropout)
-                return nn.functional.linear(x, weight, bias) + scaling * ((dropped @ A.t()) @ B.t())
+                return frozen_linear(x, weight, bias) + scaling * ((dropped @ A.t()) @ B.t())
             return _low_rank_linear(x, weight, bias, A, B, scaling)
 
-    def _dora(self, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
+    def _dora(self, x: Tensor, weight: Tensor | QuantizedLinear, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         """Without the bias, which keeps its length. The dial goes straight from the base's weight to the trained."""
         assert self.lora_magnitude_vector is not None
         factor = (self.lora_magnitude_vector.weight / self._norms()).to(x.dtype)  # (out,)
@@ -118,12 +132,12 @@ class LoraLayer(nn.Module):
             # As in PEFT: the base sees x, all that training adds to it sees the dropped x.
             dropped = nn.functional.dropout(x, dropout)
             adapted = _low_rank_linear(dropped, weight, None, A, B, self.scaling)
-            h = nn.functional.linear(x - dropped, weight) + factor * adapted
+            h = frozen_linear(x - dropped, weight) + factor * adapted
         else:
             h = factor * _low_rank_linear(x, weight, None, A, B, self.scaling)
         if self.scale == 1.0:
             return h
-        base = nn.functional.linear(x, weight)
+        base = frozen_linear(x, weight)
         return base + self.scale * (h - base)
 
     @torch.no_grad()
@@ -147,16 +161,32 @@ class LoraLayer(nn.Module):
         A, B = _numpy(self.lora_A.weight), _numpy(self.lora_B.weight)
         if self.lora_magnitude_vector is None:
             return torch.from_numpy(core.delta_W(A, B, self.scaling * self.scale))
-        W0 = _numpy(self._weight())
-        if self.base_weight is not None:
-            W0 = _numpy(self.base_weight.t() if isinstance(self.base_layer, Conv1D) else self.base_weight)
+        W0 = self._base_values()
         trained = core.merge_dora(W0, A, B, _numpy(self.lora_magnitude_vector.weight), self.scaling)
         return torch.from_numpy(self.scale * (trained - W0))
 
+    def _base_values(self) -> np.ndarray:
+        """W0 (out_features, in_features) in float32, while merged the one put aside."""
+        if isinstance(self.base_layer, QuantizedLinear):
+            assert not isinstance(self.base_weight, Tensor)
+            return _numpy(self.base_layer.dequantize(torch.float32, self.base_weight))
+        kept = self.base_layer.weight if self.base_weight is None else self.base_weight
+        assert isinstance(kept, Tensor)
+        return _numpy(kept.t() if isinstance(self.base_layer, Conv1D) else kept)
+
     @torch.no_grad()
     def merge(self) -> None:
-        """W0 + delta_W into the base layer; W0 is kept aside, so unmerge restores every bit."""
+        """W0 + delta_W into the base layer; W0 is kept aside, so unmerge restores every bit.
+
+        A packed W0 is packed again. It lies on the values of its own blocks, so in NF4 nearly all of an update that is
+        small against their distance is rounded away: `unpack_model` first where that matters."""
         if self.merged:
+            return
+        if isinstance(self.base_layer, QuantizedLinear):
+            packed = self.base_layer
+            merged = packed.dequantize(torch.float32) + self.delta_W().to(packed.device)
+            self.base_weight = {name: value.to("cpu", copy=True) for name, value in packed.state.items()}
+            packed.load(quantize(merged, packed.precision))
             return
         weight: Any = self.base_layer.weight
         update = self.delta_W().t() if isinstance(self.base_layer, Conv1D) else self.delta_W()
@@ -167,12 +197,18 @@ class LoraLayer(nn.Module):
     def unmerge(self) -> None:
         if self.base_weight is None:
             return
-        weight: Any = self.base_layer.weight
-        weight.copy_(self.base_weight)
+        if isinstance(self.base_weight, dict):
+            assert isinstance(self.base_layer, QuantizedLinear)
+            self.base_layer.load(self.base_weight)
+        else:
+            weight: Any = self.base_layer.weight
+            weight.copy_(self.base_weight)
         self.base_weight = None
 
 
-def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def _low_rank_linear(
+    x: Tensor, weight: Tensor | QuantizedLinear, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
     """_LowRankLinear over the last dimension of x (..., in) -> (..., out)."""
     rows: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, scaling)
     return rows.view(*x.shape[:-1], rows.shape[-1])
@@ -279,14 +315,6 @@ def set_scale(model: nn.Module, scale: float) -> None:
     """The dial: 0 is the base model bit for bit, 1 the trained one."""
     for layer in adapters(model).values():
         layer.scale = scale
-
-
-def _features(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, Conv1D):  # GPT-2 stores (in, out)
-        rows, columns = layer.weight.shape
-        return int(rows), int(columns)
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features
 
 
 def _output_head_name(model: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lora_engine.assets_path import asset_path
 from lora_engine.config import TrainConfig
 from lora_engine.errors import ConfigError, ModelLoadError
+from lora_engine.methods.quantized import QUANTIZED_PRECISIONS, quantize_model
 
 _ENCODERS = {
     "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta",
@@ -26,7 +27,8 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt",
 @dataclass(frozen=True)
 class Precision:
     """How a precision setting is carried out: `weights` as stored, `compute` under autocast (None: as
-    stored), `scaled` for float16's loss scaling (Micikevicius et al. 2018, section 3.2)."""
+    stored), `scaled` for float16's loss scaling (Micikevicius et al. 2018, section 3.2). Quantised: `weights` is the
+    type of what is not packed, and of products."""
 
     weights: torch.dtype
     compute: torch.dtype | None
@@ -39,6 +41,7 @@ PRECISION_PLANS = {
     "fp16": Precision(torch.float16, None, True),
     "mixed-bf16": Precision(torch.float32, torch.bfloat16, False),
     "mixed-fp16": Precision(torch.float32, torch.float16, True),
+    **dict.fromkeys(QUANTIZED_PRECISIONS, Precision(torch.bfloat16, None, False)),
 }
 
 
@@ -101,9 +104,10 @@ def load_base(
     """The causal language model in `folder`, on `device`, in the dtype of `train.precision`; with `classes`, a
     classifier on it: any encoder or decoder with a new head, the same for the same `train.seed`.
 
+    Quantised: read in bfloat16 and packed layer by layer on the device, which never holds the unpacked model.
+
     Raises ModelLoadError when transformers cannot load it, ConfigError when its context is too short."""
     transformers_logging.disable_progress_bar()
-    plan = PRECISION_PLANS[train.precision]
     kind: Any = AutoModelForCausalLM
     more: dict[str, Any] = {}
     if classes:
@@ -126,7 +130,7 @@ def load_base(
     try:
         model, info = kind.from_pretrained(
             folder,
-            dtype=plan.weights,
+            dtype=weight_dtype(train, device),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -141,12 +145,23 @@ def load_base(
     _check_weights(folder, model, info)
     check_context(model, train)
     prepare_model(model, train)
+    if train.precision in QUANTIZED_PRECISIONS:
+        quantize_model(model, train.precision, device)
     return model.to(device)
 
 
-def weight_dtype(train: TrainConfig) -> torch.dtype:
-    """How `train.precision` stores weights."""
+def weight_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
+    """How `train.precision` stores weights on `device`; quantised ones are read and computed in float32 where there
+    is no bfloat16. (Float16 would overflow without loss scaling.)"""
+    if train.precision in QUANTIZED_PRECISIONS and not _has_bfloat16(device):
+        return torch.float32
     return PRECISION_PLANS[train.precision].weights
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":  # emulated on cards before Ampere
+        return torch.cuda.is_bf16_supported()
+    return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
 
 
 def prepare_model(model: Any, train: TrainConfig) -> None:

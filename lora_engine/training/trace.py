@@ -27,6 +27,7 @@ from lora_engine.config import LoraConfig, MethodConfig, TrainConfig
 from lora_engine.errors import InputError, ModelLoadError, NotFoundError
 from lora_engine.methods import inject
 from lora_engine.methods.places import transformer_layers
+from lora_engine.methods.quantized import QUANTIZED_PRECISIONS, quantize_model
 from lora_engine.training.base import autocast_of, prepare_model, weight_dtype
 from lora_engine.training.batches import Batch
 from lora_engine.training.loop import build_optimizer
@@ -188,9 +189,13 @@ def trace_step(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.device(device):
         kind: Any = AutoModelForMaskedLM if config.model_type in ENCODERS else AutoModelForCausalLM
-        model: Any = kind.from_config(config, dtype=weight_dtype(train), attn_implementation=attention)
+        model: Any = kind.from_config(
+            config, dtype=weight_dtype(train, torch.device(device)), attn_implementation=attention
+        )
         prepare_model(model, train)
-    total = sum(p.numel() for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters())
+        if train.precision in QUANTIZED_PRECISIONS:
+            quantize_model(model, train.precision)
     inject(model, method)
     _make_fake(model, fake)
     with fake, _plain_transformers():

@@ -83,7 +83,7 @@ def test_quantised_bytes_per_weight():
 def kept(shape, method, *, seq_length=512, checkpointing=False, attention="sdpa"):
     """Activation bytes in bf16 while the loss is computed: all that the forward pass keeps."""
     plan = make_plan(shape, method, weight_width=2, adapter_width=4)
-    step = Step(WIDTHS["bf16"], seq_length, seq_length, attention == "eager", False)
+    step = Step(WIDTHS["bf16"], seq_length, seq_length, attention == "eager")
     found = moments(shape, plan, step, labelled_share=1.0, checkpointing=checkpointing, accumulation=1)
     return next(moment.activations for moment in found if moment.name == "loss")
 
