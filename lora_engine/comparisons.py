@@ -152,8 +152,8 @@ def read_comparison(ledger: Ledger, sweep_id: str) -> dict[str, Any]:
         "match": spec.match,
         "notes": list(spec.notes),
         "seeds": list(spec.seeds),
-        "search": f"Each method's learning rate is the best of {len(spec.entries[0].lrs)} by evaluation loss, with seed "
-        f"{spec.seeds[0]}, on the same rows that its loss is given for",
+        "search": f"Each method's learning rate is the best of {len(spec.entries[0].lrs)} by evaluation loss, with "
+        f"seed {spec.seeds[0]}, on the same rows that its loss is given for",
         "methods": rows,
         "conclusion": conclude(rows),
         "base_seconds_per_token": (inference or {}).get("base_seconds_per_token"),

@@ -1,6 +1,7 @@
 """Planning, choosing and summing up a comparison, exactly; and on a real ledger, without training."""
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_rates_around_any_rate_hold_it_and_ascend(lr):
     assert len(rates) == 3
     assert lr in rates
     assert list(rates) == sorted(rates)
-    assert all(b / a < 15 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(b / a < 15 for a, b in pairwise(rates))
 
 
 def test_the_search_gives_every_method_the_same_budget_and_the_middle_rate_first():
