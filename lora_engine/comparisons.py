@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_engine.config import RunConfig, to_dict
+from lora_engine.config import to_dict
 from lora_engine.errors import InputError
 from lora_engine.executors import LocalExecutor
 from lora_engine.executors.base import Executor
@@ -210,8 +210,3 @@ def _worker_lives(state: Mapping[str, Any]) -> bool:
 
 def _state_path(ledger: Ledger, sweep: SweepRecord) -> Path:
     return ledger.run_folder(sweep.run_ids[0]) / STATE_FILE
-
-
-def cells_of(spec: ComparisonSpec) -> list[RunConfig]:
-    """One run config a method, at the middle rate: what predictions are made from."""
-    return search_cells(spec)[: len(spec.entries)]

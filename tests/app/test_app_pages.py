@@ -15,7 +15,7 @@ from lora_engine.runs import Ledger, store_upload
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ROOT / "app" / "main.py"
-PAGES = ("views/explore.py", "views/finetune.py", "views/sweep.py", "views/runs.py")
+PAGES = ("views/explore.py", "views/finetune.py", "views/sweep.py", "views/compare.py", "views/runs.py")
 ROWS = [{"prompt": f"Where is parcel {i}", "completion": f"It left on day {i}."} for i in range(30)]
 
 
