@@ -196,6 +196,11 @@ def _findings(comparison_id: str) -> None:
             name=f"latency_{comparison_id}",
             alt="Time a token by method, merged and unmerged, beside the base model and its noise.",
         )
+        if inference:
+            st.caption(
+                f"All in one process, taking turns; medians over {plural(inference['rounds'], 'round')}. Grey: how far "
+                "the base differs from itself in nine of ten rounds."
+            )
     _confusion(rows, comparison_id)
     _table(rows, comparison_id)
     lora = next((row for row in rows if row["method"] == "lora" and row["run_ids"]), None)

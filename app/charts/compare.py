@@ -81,7 +81,9 @@ def plot_methods_pareto(table: pd.DataFrame) -> go.Figure:
             hoverinfo="skip",
             showlegend=False,
         )
-    for row in table.to_dict("records"):
+    # Names stay inside the plot: the first leans right, the last left.
+    places = ["top right", *["top center"] * (len(table) - 2), "top left"] if len(table) > 1 else ["top center"]
+    for row, place in zip(table.to_dict("records"), places, strict=True):
         name = METHOD_NAMES.get(row["method"], row["method"])
         seeds = plural(int(row["num_seeds"]), "seed")
         figure.add_scatter(
@@ -90,7 +92,7 @@ def plot_methods_pareto(table: pd.DataFrame) -> go.Figure:
             mode="markers+text",
             name=name,
             text=[name],
-            textposition="top center",
+            textposition=place,
             marker={"size": 15 if row["method"] == "lora" else 11, "color": method_colour(row["method"])},
             error_y={
                 "type": "data",
@@ -245,14 +247,10 @@ def plot_latency(table: pd.DataFrame, *, unit: str, noise: tuple[float, float]) 
     figure.add_vrect(
         x0=base * noise[0],
         x1=base * noise[1],
-        fillcolor=faded(GREY, 0.3),
+        fillcolor=faded(GREY, 0.4),
         line_width=0,
-        layer="below",
-        annotation_text="base against itself",
-        annotation_position="top left",
     )
     base_layout(figure, height=120 + 38 * len(table), x=f"Time a {unit} (ms)", y="", showlegend=False)
-    figure.update_layout(margin_t=28)
     figure.update_xaxes(rangemode="tozero")
     figure.update_yaxes(autorange="reversed")
     return figure

@@ -23,9 +23,9 @@ from lora_engine.sweeps.sizes import plan_comparison
 
 MATCH_WORDS = {
     "steps": "steps",
-    "parameters": "trainable parameters",
-    "memory": "memory, predicted",
-    "seconds": "time, predicted",
+    "parameters": "parameters",
+    "memory": "memory",
+    "seconds": "time",
 }
 EVAL_ROWS, EVALS_A_RUN = 256, 4
 
@@ -86,7 +86,8 @@ if chosen is not None and chosen.usable:
         key="compare_match",
         persist_state="session",
         help="Steps: every method as it is. Otherwise the size of adapter layers and prefix, or the steps, are chosen "
-        "so that each comes close to LoRA at your rank.",
+        "so that each comes as close as it can to LoRA at your rank, in trainable parameters or in predicted memory or "
+        "time.",
     )
     steps = right.number_input("Steps a run", 1, 1_000_000, 60, step=10, key="compare_steps", persist_state="session")
     device = right.segmented_control(
