@@ -11,7 +11,8 @@ from dial.table import DrawnModule, FullCost
 from state import RANKS
 
 from lora_engine import calc
-from lora_engine.config import PRECISIONS, TRAINABLE_PRECISIONS, FullConfig, LoraConfig
+from lora_engine.calc.fit import card_room, verdict
+from lora_engine.config import METHOD_CONFIGS, PRECISIONS, TRAINABLE_PRECISIONS, FullConfig, LoraConfig
 from lora_engine.errors import InputError
 
 FULL_CONFIG = FullConfig()
@@ -25,10 +26,15 @@ def shape(model: str) -> calc.ModelShape:
     return calc.load_shape(model)
 
 
-@st.cache_data(show_spinner=False)
 def model_names() -> list[str]:
-    """The embedded model first, then the catalog."""
-    return ["embedded", *sorted(calc.CATALOG, key=str.lower)]
+    """The embedded model first, then one's own that were dropped in (their folders), then the catalog."""
+    own = sorted(str(path.parent) for path in ledger().home.glob("models/*/config.json"))
+    return ["embedded", *own, *_catalog_names()]
+
+
+@st.cache_data(show_spinner=False)
+def _catalog_names() -> list[str]:
+    return sorted(calc.CATALOG, key=str.lower)
 
 
 @st.cache_data(show_spinner=False)
@@ -64,12 +70,10 @@ def full_cost(model: str, precision: str, options: dict[str, Any]) -> FullCost:
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def module_table(model: str, method: LoraConfig) -> pd.DataFrame:
-    """name, count, in_features, out_features, trainable_parameters a row; notes in `.attrs`."""
+    """name, count, in_features, out_features, trainable_parameters, formula a row; notes in `.attrs`."""
     counted = calc.count_parameters(shape(model), method)
-    frame = pd.DataFrame(
-        [(m.name, m.count, m.in_features, m.out_features, m.trainable_parameters) for m in counted.modules],
-        columns=["name", "count", "in_features", "out_features", "trainable_parameters"],
-    )
+    columns = ["name", "count", "in_features", "out_features", "trainable_parameters", "formula"]
+    frame = pd.DataFrame([asdict(module) for module in counted.modules], columns=columns)
     frame.attrs["notes"] = list(counted.notes)
     return frame
 
@@ -96,16 +100,97 @@ def _memory_table(model: str, method: LoraConfig, options: dict[str, Any]) -> pd
     return pd.DataFrame(rows, columns=["precision", "method", "term", "bytes"])
 
 
+@st.cache_data(max_entries=64, show_spinner=False)
+def methods_table(model: str, method: LoraConfig) -> pd.DataFrame:
+    """method, trainable_parameters, trainable_percent, formula for LoRA as set and every other method as it comes;
+    a method that the model cannot have is left out."""
+    rows = []
+    for name, config in METHOD_CONFIGS.items():
+        try:
+            counted = calc.count_parameters(shape(model), method if name == "lora" else config())
+        except (InputError, KeyError):
+            continue
+        terms = [module.formula.partition(" = ")[0] for module in counted.modules]
+        formula = f"{' + '.join(terms)} = {counted.trainable_parameters:,}"
+        rows.append((name, counted.trainable_parameters, counted.trainable_percent, formula))
+    return pd.DataFrame(rows, columns=["method", "trainable_parameters", "trainable_percent", "formula"])
+
+
+def memory(model: str, method: LoraConfig, precision: str, options: Mapping[str, Any]) -> calc.MemoryEstimate:
+    """The estimate, with this machine's interval where there is one."""
+    estimate = _memory(model, replace(method, lora_alpha=1.0), precision, dict(options))
+    return calc.with_interval(estimate, interval())
+
+
+@st.cache_data(max_entries=128, show_spinner=False)
+def _memory(model: str, method: LoraConfig, precision: str, options: dict[str, Any]) -> calc.MemoryEstimate:
+    return calc.estimate_memory(shape(model), method, precision=precision, **options)
+
+
 def fits(model: str, method: LoraConfig, precision: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a card: name, memory_bytes, fits, max_batch, verdict ("yes" | "tight" | "no"), low_bytes, high_bytes."""
-    return _fits(model, replace(method, lora_alpha=1.0), precision, dict(options))
+    """A row a card: name, memory_bytes, fits, max_batch, verdict ("yes" | "tight" | "no") by `memory`'s interval."""
+    estimate = memory(model, method, precision, options)
+    rows = _fits(model, replace(method, lora_alpha=1.0), precision, dict(options))
+    return [row | {"verdict": verdict(estimate, card_room(row["memory_bytes"]))} for row in rows]
 
 
 @st.cache_data(max_entries=128, show_spinner=False)
 def _fits(model: str, method: LoraConfig, precision: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    memory = calc.estimate_memory(shape(model), method, precision=precision, **options)
-    interval = {"low_bytes": memory.low_bytes, "high_bytes": memory.high_bytes}
-    return [asdict(fit) | interval for fit in calc.fit_gpus(shape(model), method, precision=precision, **options)]
+    return [asdict(fit) for fit in calc.fit_gpus(shape(model), method, precision=precision, **options)]
+
+
+def limits(model: str, method: LoraConfig, precision: str, options: Mapping[str, Any], room: int) -> dict[str, int]:
+    """The largest "batch", "seq" and "r" whose estimate is at most `room` bytes; 0 where even 1 is too much."""
+    return _limits(model, replace(method, lora_alpha=1.0), {"precision": precision, **options}, room)
+
+
+@st.cache_data(max_entries=128, show_spinner=False)
+def _limits(model: str, method: LoraConfig, settings: dict[str, Any], room: int) -> dict[str, int]:
+    return {
+        "batch": calc.max_batch(shape(model), method, room, **settings),
+        "seq": calc.max_seq_length(shape(model), method, room, **settings),
+        "r": calc.max_rank(shape(model), method, room, **settings),
+    }
+
+
+def changes(
+    model: str, method: LoraConfig, precision: str, options: Mapping[str, Any], room: int
+) -> tuple[list[calc.Change], list[calc.Change]]:
+    """(changes one after the other until the step fits `room` bytes, single changes by what each saves)."""
+    return _changes(model, method, {"precision": precision, **options}, room)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _changes(
+    model: str, method: LoraConfig, settings: dict[str, Any], room: int
+) -> tuple[list[calc.Change], list[calc.Change]]:
+    return (
+        calc.changes_until_it_fits(shape(model), method, room, settings),
+        calc.cheapest_changes(shape(model), method, room, settings),
+    )
+
+
+@st.cache_data(ttl=10, max_entries=8, show_spinner=False)
+def _accuracy(home: str) -> pd.DataFrame:
+    from lora_engine.runs import accuracy_frame
+
+    return accuracy_frame(_ledger(home))
+
+
+def accuracy() -> pd.DataFrame:
+    """Every finished run's prediction beside its measurement (`accuracy_frame`); at most ten seconds old."""
+    return _accuracy(str(ledger().home))
+
+
+def interval() -> calc.Interval | None:
+    """What this machine's runs say about predictions: those on its card where there are enough, else those on its
+    CPU; None with too few of either."""
+    errors = accuracy()
+    for kind in ("allocated", "tracked"):
+        found = calc.calibrate(list(errors["error_percent"][errors["kind"] == kind]))
+        if found is not None:
+            return found
+    return None
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

@@ -78,6 +78,8 @@ def format_duration(seconds: float | None) -> str:
     """41 s, 2 min 5 s, 1 h 3 min."""
     if seconds is None or math.isnan(seconds):
         return UNKNOWN
+    if 0 < seconds < 0.0995:
+        return f"{significant(1000 * seconds)} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -98,3 +100,19 @@ def format_times(value: float) -> str:
 def plural(count: int, word: str) -> str:
     """1 row, 2 rows, 1,204 rows."""
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def format_flops(value: float) -> str:
+    """Floating-point operations: 1.2 TFLOP, 980 MFLOP."""
+    for divisor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * divisor:
+            return f"{significant(value / divisor)} {unit}FLOP"
+    return f"{significant(value)} FLOP"
+
+
+def format_watt_hours(value: float) -> str:
+    """Energy: 12.3 Wh, 4.5 kWh."""
+    for divisor, unit in ((1e6, "MWh"), (1e3, "kWh"), (1.0, "Wh")):
+        if value >= 0.9995 * divisor:
+            return f"{significant(value / divisor)} {unit}"
+    return f"{significant(1000 * value)} mWh"

@@ -1,7 +1,7 @@
 """The settings of the loop, as widgets, and the run configs they make."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cache
@@ -39,7 +39,7 @@ def run_config(settings: Settings, chosen: Chosen, loop: Loop) -> RunConfig:
     return RunConfig(
         model=absolute_model(settings.model),
         data=chosen.config(),
-        method=replace(settings.method, use_dora=False),
+        method=settings.method,
         train=TrainConfig(
             lr=loop.lr,
             steps=loop.steps,
@@ -50,6 +50,7 @@ def run_config(settings: Settings, chosen: Chosen, loop: Loop) -> RunConfig:
             precision=precision_of(settings),
             optimizer=settings.optimizer if settings.optimizer in ("adamw", "sgd") else "adamw",
             checkpointing=settings.checkpointing,
+            accumulation=settings.accumulation,
         ),
         prompt=loop.prompt.strip() or None,
     )
@@ -82,8 +83,8 @@ def show_notes(settings: Settings) -> None:
         st.caption(f":material/info: {settings.precision} is for predictions; this run trains in {FALLBACK_PRECISION}.")
     if settings.optimizer not in ("adamw", "sgd"):
         st.caption(f":material/info: {settings.optimizer} is for predictions; this run uses adamw.")
-    if settings.use_dora:
-        st.caption(":material/info: DoRA is for counting; this run trains plain LoRA.")
+    if settings.adapter_dtype != "fp32":
+        st.caption(f":material/info: {settings.adapter_dtype} adapters are for predictions; this run has fp32 ones.")
 
 
 def predict(config: RunConfig, report: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -91,10 +92,14 @@ def predict(config: RunConfig, report: Mapping[str, Any]) -> dict[str, Any] | No
     from lora_engine.calc.predict import predict_run, row_facts
 
     try:
-        return dict(predict_run(config, row_facts(report)))
+        prediction = dict(predict_run(config, row_facts(report)))
     except InputError as error:
         st.error(str(error))
         return None
+    interval = cache.interval()
+    if interval is not None:
+        prediction["low_bytes"], prediction["high_bytes"] = interval.bounds(prediction["peak_bytes"])
+    return prediction
 
 
 def predicted_sentence(config: RunConfig, prediction: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ page = st.navigation(
         st.Page("views/sweep.py", title="Sweep", icon=":material/grid_on:"),
         st.Page("views/compare.py", title="Compare", icon=":material/balance:"),
         st.Page("views/runs.py", title="Runs", icon=":material/history:"),
+        st.Page("views/accuracy.py", title="Accuracy", icon=":material/target:"),
     ]
 )
 sidebar()

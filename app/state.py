@@ -1,11 +1,12 @@
 """Every session_state key of the dashboard, and the settings that all pages share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
 
-from lora_engine.config import LoraConfig
+from lora_engine.config import LoraConfig, MethodConfig
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ALPHAS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
@@ -17,10 +18,11 @@ MODEL, PRECISION, CARD = "model", "precision", "card"
 R, ALPHA, KEEP_RATIO = "r", "lora_alpha", "keep_ratio"
 TARGETS, OWN_TARGETS = "targets", "own_targets"
 BATCH, SEQ, OPTIMIZER, CHECKPOINTING, ATTENTION = "batch", "seq", "optimizer", "checkpointing", "attention_kernel"
+ACCUMULATION, ADAPTER_DTYPE = "accumulation", "adapter_dtype"
 RSLORA, DORA = "rslora", "dora"
 BOUND = (
     MODEL, PRECISION, CARD, R, ALPHA, KEEP_RATIO, TARGETS, OWN_TARGETS,
-    BATCH, SEQ, OPTIMIZER, CHECKPOINTING, ATTENTION, RSLORA, DORA,
+    BATCH, SEQ, ACCUMULATION, OPTIMIZER, CHECKPOINTING, ATTENTION, ADAPTER_DTYPE, RSLORA, DORA,
 )  # fmt: skip
 
 # Kept between reruns, not widgets.
@@ -28,6 +30,8 @@ SETTINGS = "_settings"
 RESTORE = "_restore_address"
 LAST_R = "_last_r"
 DIAL = "_dial"
+CONFIG_UPLOAD, CONFIG_ERROR = "config_upload", "_config_error"
+TRACES = "_traces"
 DATA = "data"
 RUN = "run"
 SWEEP = "sweep"
@@ -35,9 +39,13 @@ SWEEP = "sweep"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the sidebar says, already checked: nothing in here raises later."""
+    """What the sidebar says, already checked: nothing in here raises later.
+
+    `unknown_model` is a model that is there and whose architecture the formulas do not know; `model` is the embedded
+    one then."""
 
     model: str = "embedded"
+    unknown_model: str = ""
     precision: str = "fp32"
     card: str = ""
     r: int = 8
@@ -50,6 +58,8 @@ class Settings:
     optimizer: str = "adamw"
     checkpointing: bool = False
     attention: str = "sdpa"
+    accumulation: int = 1
+    adapter_dtype: str = "fp32"
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -72,6 +82,8 @@ class Settings:
             "optimizer": self.optimizer,
             "checkpointing": self.checkpointing,
             "attention": self.attention,
+            "accumulation": self.accumulation,
+            "adapter_dtype": self.adapter_dtype,
         }
 
 
@@ -94,6 +106,25 @@ def apply_dial() -> None:
     if released:
         st.session_state[R] = int(released["r"])
         st.session_state[ALPHA] = float(released["lora_alpha"])
+
+
+# Argument of `estimate_memory` -> widget of the sidebar.
+WIDGETS = {
+    "precision": PRECISION, "batch_size": BATCH, "seq_length": SEQ, "accumulation": ACCUMULATION,
+    "optimizer": OPTIMIZER, "checkpointing": CHECKPOINTING, "attention": ATTENTION, "adapter_dtype": ADAPTER_DTYPE,
+}  # fmt: skip
+
+
+def apply_change(method: MethodConfig, settings: Mapping[str, Any]) -> None:
+    """A suggested change was taken: the sidebar follows. To be called before its widgets are drawn."""
+    for argument, value in settings.items():
+        st.session_state[WIDGETS[argument]] = value
+    if not isinstance(method, LoraConfig):
+        return
+    st.session_state[R] = method.r
+    keep_ratio_callback()
+    if isinstance(method.target_modules, str) and method.target_modules in TARGET_CHOICES:
+        st.session_state[TARGETS] = method.target_modules
 
 
 def recall(key: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any, Literal
+from typing import Any
 
 import cache
 import pandas as pd
@@ -10,13 +10,13 @@ import plotly.graph_objects as go
 import state
 import streamlit as st
 from formatting import format_bytes, format_ratio
+from model_picker import URL, choose_model, model_word
 from state import Settings
 
 from lora_engine import calc
 from lora_engine.config import OPTIMIZERS, PRECISIONS, LoraConfig
 from lora_engine.errors import InputError
 
-URL: Literal["query-params"] = "query-params"
 CHART_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
 
@@ -24,7 +24,7 @@ def sidebar() -> Settings:
     """Draw the shared configuration; what comes back is checked and safe to use on every page."""
     state.restore_address()
     with st.sidebar:
-        model = _model()
+        model, unknown = choose_model()
         precision = st.selectbox("Precision", PRECISIONS, key=state.PRECISION, bind=URL)
         st.select_slider("Rank (r)", state.RANKS, value=8, key=state.R, bind=URL, on_change=state.keep_ratio_callback)
         st.number_input("Scaling (alpha)", 0.01, 1e6, 16.0, step=1.0, format="%g", key=state.ALPHA, bind=URL)
@@ -35,6 +35,7 @@ def sidebar() -> Settings:
         card = _card()
         settings = Settings(
             model=model,
+            unknown_model=unknown,
             precision=precision,
             card=card,
             r=int(st.session_state[state.R]),
@@ -49,23 +50,6 @@ def sidebar() -> Settings:
     st.session_state[state.LAST_R] = settings.r
     st.session_state[state.SETTINGS] = settings
     return settings
-
-
-def _model() -> str:
-    model = st.selectbox(
-        "Base model",
-        cache.model_names(),
-        key=state.MODEL,
-        bind=URL,
-        accept_new_options=True,
-        help="The embedded model needs no network. Or pick a well-known one, or type a folder with a config.json.",
-    )
-    try:
-        cache.shape(model)
-    except InputError as error:
-        st.error(f"{error} Shown meanwhile: the embedded model.")
-        return "embedded"
-    return str(model)
 
 
 def _targets(model: str) -> tuple[str, str | tuple[str, ...]]:
@@ -97,17 +81,27 @@ def _targets(model: str) -> tuple[str, str | tuple[str, ...]]:
 def _more(model: str) -> dict[str, Any]:
     longest = cache.shape(model).max_positions
     with st.expander("Batch, length and optimizer"):
-        batch = st.number_input("Sequences a step (batch)", 1, 4096, 8, key=state.BATCH, bind=URL)
+        batch = st.number_input("Sequences a micro-batch (batch)", 1, 4096, 8, key=state.BATCH, bind=URL)
         seq = st.number_input("Tokens a sequence, at most", 8, 1_048_576, 128, step=8, key=state.SEQ, bind=URL)
         if longest and seq > longest:
-            st.caption(f"{model} was made for at most {longest:,} tokens.")
+            st.caption(f"Longer than the context of {model_word(model)}, {longest:,} tokens.")
+        accumulation = st.number_input(
+            "Micro-batches a step (accumulation)", 1, 4096, 1, key=state.ACCUMULATION, bind=URL,
+            help="Gradients of so many batches are added up before the weights move. Held all the while.",
+        )  # fmt: skip
         optimizer = st.selectbox("Optimizer", OPTIMIZERS, key=state.OPTIMIZER, bind=URL)
         attention = st.selectbox("Attention kernel", ("sdpa", "eager"), key=state.ATTENTION, bind=URL)
+        adapter_dtype = st.selectbox(
+            "Adapter values", ("fp32", "bf16"), key=state.ADAPTER_DTYPE, bind=URL,
+            help="Adapters, their gradients and optimizer states. Usual is fp32, on a half-precision base, too.",
+        )  # fmt: skip
         return {
             "batch_size": int(batch),
             "seq_length": int(seq),
             "optimizer": optimizer,
             "attention": attention,
+            "accumulation": int(accumulation),
+            "adapter_dtype": adapter_dtype,
             "checkpointing": st.toggle("Gradient checkpointing", key=state.CHECKPOINTING, bind=URL),
             "use_rslora": st.toggle("rsLoRA: scale by alpha / √r", key=state.RSLORA, bind=URL),
             "use_dora": st.toggle("DoRA: train magnitudes too", key=state.DORA, bind=URL),
@@ -160,11 +154,6 @@ def explain(what: str, formula: Callable[[], None]) -> None:
             formula()
 
 
-def model_word(model: str) -> str:
-    """How a model is called in a sentence."""
-    return "the embedded model" if model == "embedded" else model
-
-
 def empty_state(text: str, button: str, key: str) -> bool:
     """What will be here and the one button that makes it so; True when it was clicked."""
     with st.container(border=True):
@@ -197,7 +186,7 @@ def card_chips(rows: list[dict[str, Any]], chosen: str) -> None:
             f"{name}<span>{card_words(row)}</span></li>"
         )
     st.html(
-        "<style>ul.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(12.5rem,1fr));gap:.6rem;"
+        "<style>ul.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(12.5rem,47%),1fr));gap:.6rem;"
         "list-style:none;margin:0;padding:0}ul.cards li{margin:0;padding:.5rem .7rem;border-radius:6px;"
         "font-size:.87rem;line-height:1.4}ul.cards li>*{display:block}ul.cards b span{display:inline}</style>"
         f'<ul class="cards">{"".join(chips)}</ul>'

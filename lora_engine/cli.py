@@ -20,7 +20,8 @@ FLAGS = {
     "lora_alpha": "alpha", "lora_alphas": "alpha", "rs": "r", "lrs": "lr", "max_length": "seq", "seq_length": "seq",
     "batch_size": "batch", "encoder_hidden_size": "encoder-hidden", "prefix_length": "prefix-length",
     "reduction_factor": "reduction-factor", "target_modules": "targets",
-    "hidden_size": "hidden", "num_layers": "layers",
+    "hidden_size": "hidden", "num_layers": "layers", "layers_to_transform": "layers", "exclude_modules": "exclude",
+    "adapter_dtype": "adapter-dtype", "target_parameters": "target-parameters",
 }  # fmt: skip
 
 
@@ -39,6 +40,21 @@ def list_of(kind: Callable[[str], Any], name: str) -> Callable[[str], tuple[Any,
             return tuple(kind(part) for part in text.split(",") if part.strip())
         except ValueError:
             raise argparse.ArgumentTypeError(f"is {text!r}; allowed: {name} separated by commas") from None
+
+    return parse
+
+
+def pair_of(kind: Callable[[str], Any], name: str) -> Callable[[str], tuple[str, Any]]:
+    """argparse type: "q_proj=4" -> ("q_proj", 4). The key may be a regular expression, with = in it."""
+
+    def parse(text: str) -> tuple[str, Any]:
+        key, sign, value = text.rpartition("=")
+        try:
+            if not sign or not key:
+                raise ValueError
+            return key, kind(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text!r}; allowed: KEY=VALUE, the value {name}") from None
 
     return parse
 
@@ -65,6 +81,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sizes.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
     sizes.add_argument("--dora", action="store_true", help="LoRA with trained magnitudes")
+    sizes.add_argument("--layers", type=INTEGERS, help="layers to adapt, from 0, separated by commas")
+    sizes.add_argument("--exclude", help="modules to leave alone: names separated by commas, or a regex")
+    sizes.add_argument(
+        "--rank-pattern", type=pair_of(int, "a whole number"), action="append", metavar="KEY=R",
+        help="another rank for modules whose name ends in KEY; may be given several times",
+    )  # fmt: skip
+    sizes.add_argument(
+        "--alpha-pattern", type=pair_of(float, "a number"), action="append", metavar="KEY=A",
+        help="another alpha for modules whose name ends in KEY; may be given several times",
+    )  # fmt: skip
+    sizes.add_argument("--target-parameters", help="parameters to adapt, such as stacked experts, names with commas")
     sizes.add_argument("--reduction-factor", type=int, default=16, help="bottleneck: hidden size / inner width")
     sizes.add_argument("--placement", default="houlsby", choices=("houlsby", "pfeiffer"), help="bottleneck: where")
     sizes.add_argument("--activation", default="gelu", choices=("gelu", "relu"), help="bottleneck: nonlinearity")
@@ -92,14 +119,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("count", "count trainable parameters", method)
     sub.add_argument("model", nargs="?", default="embedded")
 
-    sub = add("memory", "estimate memory for training and inference", method)
+    step = _Parser(add_help=False)
+    step.add_argument("--precision", default="bf16", choices=PRECISIONS)
+    step.add_argument("--batch", type=int, default=1)
+    step.add_argument("--seq", type=int, default=512)
+    step.add_argument("--accumulation", type=int, default=1, help="micro-batches of --batch sequences a step")
+    step.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
+    step.add_argument("--checkpointing", action="store_true")
+    step.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+
+    sub = add("memory", "estimate memory for training and inference", method, step)
     sub.add_argument("model", nargs="?", default="embedded")
-    sub.add_argument("--precision", default="bf16", choices=PRECISIONS)
-    sub.add_argument("--batch", type=int, default=1)
-    sub.add_argument("--seq", type=int, default=512)
-    sub.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
-    sub.add_argument("--checkpointing", action="store_true")
-    sub.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    sub.add_argument("--adapter-dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of LoRA's matrices")
+
+    sub = add("trace", "trace the memory of a step of any transformers model, allocating nothing", method, step)
+    sub.add_argument("model", nargs="?", default="embedded")
 
     sub = add("data", "check a dataset: what is kept, what is trained on")
     sub.add_argument("file")

@@ -55,7 +55,10 @@ def shoot(page: Page, path: Path) -> None:
 def main(home: Path) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     run_id, sweep_id = prepare(home)
-    pages = {"explore": "", "finetune": f"finetune?run={run_id}", "sweep": f"sweep?sweep={sweep_id}", "runs": "runs"}
+    pages = {
+        "explore": "", "finetune": f"finetune?run={run_id}", "sweep": f"sweep?sweep={sweep_id}", "runs": "runs",
+        "accuracy": "accuracy",
+    }  # fmt: skip
     with dashboard(home) as url, chromium() as browser:
         for device, (width, height) in WIDTHS.items():
             for scheme in SCHEMES:

@@ -5,9 +5,13 @@ import charts
 import dial
 import state
 import streamlit as st
+from computing import show_compute
+from counts import rank_notes, show_counts
 from dial.table import dial_table
-from formatting import format_bytes, format_number, plural
-from widgets import card_chips, download_table, explain, show_chart
+from fitting import moment_caption, show_fits
+from formatting import format_number
+from tracing import check_fold, unknown_panel
+from widgets import explain, show_chart
 
 settings = state.current()
 method, options = settings.method, settings.memory_options
@@ -15,6 +19,8 @@ rows = cache.rank_rows(settings.model, method, settings.precision, options)
 full = cache.full_cost(settings.model, settings.precision, options)
 
 st.header("What does this rank cost?", anchor=False)
+if settings.unknown_model:
+    unknown_panel(settings)
 dial.mount(
     dial_table(
         rows,
@@ -47,6 +53,7 @@ with left:
         name="memory_by_precision",
         alt=f"Predicted peak memory by precision, full fine-tuning beside LoRA at rank {settings.r}, stacked by term.",
     )
+    moment_caption(settings)
 with right:
     st.subheader("Parameters against rank", anchor=False)
     parameters = charts.parameter_table(rows)
@@ -59,35 +66,13 @@ with right:
         alt=f"Trainable parameters against rank on logarithmic axes for {settings.targets_word}; "
         f"rank {settings.r} is marked.",
     )
+    rank_notes(settings)
+if not settings.unknown_model:
+    check_fold(settings)
 
-st.subheader("Fits on", anchor=False)
-fits = cache.fits(settings.model, method, settings.precision, options)
-st.caption(
-    f"Predicted {format_bytes(fits[0]['low_bytes'])} to {format_bytes(fits[0]['high_bytes'])} in "
-    f"{settings.precision} at {plural(settings.batch_size, 'sequence')} of {settings.seq_length:,} tokens. "
-    "Tight: the card lies inside that interval."
-)
-card_chips(fits, settings.card)
-
-# Drawn when it is opened, so the browser need not load its table for the first chart.
-fold = st.expander("Every adapted module", key="modules", on_change="rerun")
-if fold.open:
-    with fold:
-        modules = cache.module_table(settings.model, method)
-        st.dataframe(
-            modules,
-            hide_index=True,
-            column_config={
-                "name": "Module",
-                "count": st.column_config.NumberColumn("How many", format="localized"),
-                "in_features": st.column_config.NumberColumn("In", format="localized"),
-                "out_features": st.column_config.NumberColumn("Out", format="localized"),
-                "trainable_parameters": st.column_config.NumberColumn("Trainable parameters", format="localized"),
-            },
-        )
-        for note in modules.attrs["notes"]:
-            st.caption(note)
-        download_table(modules, "modules")
+show_fits(settings)
+show_compute(settings)
+show_counts(settings)
 
 
 def _formula() -> None:

@@ -10,7 +10,8 @@ import streamlit as st
 from data_picker import choose
 from formatting import format_integer, format_number, format_percent
 from loop_form import loop_form, predict, predicted_sentence, run_config, show_notes
-from widgets import explain, model_word
+from model_picker import model_word
+from widgets import explain
 
 from lora_engine.config import RunConfig, to_dict
 from lora_engine.errors import InputError

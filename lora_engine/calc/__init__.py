@@ -14,6 +14,7 @@ from lora_engine.calc.fit import (
 )
 from lora_engine.calc.flops import StepFlops, count_step_flops, estimate_step_flops
 from lora_engine.calc.gpus import GPUS, Gpu, find_gpu
+from lora_engine.calc.interval import Interval, calibrate, with_interval
 from lora_engine.calc.memory import MemoryEstimate, estimate_memory, rank_table
 from lora_engine.calc.params import ModuleCount, ParameterCount, adapter_file_bytes, count_parameters
 from lora_engine.calc.shapes import LinearShape, ModelShape, load_shape, shape_from_config
@@ -27,6 +28,7 @@ __all__ = [
     "Change",
     "Gpu",
     "GpuFit",
+    "Interval",
     "LinearShape",
     "MemoryEstimate",
     "ModelShape",
@@ -34,6 +36,7 @@ __all__ = [
     "ParameterCount",
     "StepFlops",
     "adapter_file_bytes",
+    "calibrate",
     "changes_until_it_fits",
     "cheapest_changes",
     "count_parameters",
@@ -52,4 +55,5 @@ __all__ = [
     "rank_table",
     "select_modules",
     "shape_from_config",
+    "with_interval",
 ]

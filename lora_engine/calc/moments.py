@@ -6,9 +6,10 @@ alike give sums that grow or shrink evenly from one to the next, so the first an
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lora_engine.calc.blocks import Block, Step, layer_blocks, norm_passing, norm_saved
-from lora_engine.calc.plans import Plan
+from lora_engine.calc.plans import Plan, edges
 from lora_engine.calc.structure import ModelShape, Part
 
 # Tensors of the MLP's width that its activation has at once on the way up.
@@ -135,16 +136,18 @@ def layer_runs(shape: ModelShape, plan: Plan, step: Step, checkpointing: bool) -
     flows = plan.full or checkpointing or any(name.endswith("project_in") for name in plan.outer)
     parts: tuple[Part, ...] = (*shape.linears, *shape.others, *shape.experts)
     partial = [part.layers for part in parts if part.layers is not None]
+    cuts = {0, shape.num_layers, *(i for layers in partial for i in edges(layers))}
+    cuts.update(i for layers, _ in plan.layers for i in edges(layers))
+    if not flows:
+        # The first trained layer has an input that needs no gradient, the next one has.
+        first = (
+            0 if plan.elsewhere.anything else min((layers[0] for layers, _ in plan.layers), default=shape.num_layers)
+        )
+        cuts.update((first, min(first + 1, shape.num_layers)))
     runs: list[_Run] = []
-    last: object = None
-    for i in range(shape.num_layers):
-        trained = plan.layer(i)
-        alike = (trained, flows, tuple(i in layers for layers in partial))
-        if alike == last:
-            runs[-1] = _Run(runs[-1].blocks, runs[-1].count + 1)
-        else:
-            runs.append(_Run(tuple(layer_blocks(shape, i, trained, flows, step)), 1))
-            last = alike
+    for start, stop in pairwise(sorted(cuts)):
+        trained = plan.layer(start)
+        runs.append(_Run(tuple(layer_blocks(shape, start, trained, flows, step)), stop - start))
         flows = flows or trained.anything
     return runs
 

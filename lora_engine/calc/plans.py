@@ -13,16 +13,22 @@ from lora_engine.config import BottleneckConfig, FullConfig, LoraConfig, MethodC
 
 @dataclass(frozen=True)
 class Plan:
-    """`layer(i)` is what is trained inside layer i; `outer` names the maps outside the layers that are adapted, each
-    with its rank; `trained` counts the trained parameters, `width` is bytes of each and of its gradient. `full`: they
-    are the model's own weights. `head`: they are the output head, a copy of its own where it was tied."""
+    """`layers` says what is trained inside which layers, `elsewhere` what inside the others; `outer` names the maps
+    outside the layers that are adapted, each with its rank; `trained` counts the trained parameters, `width` is bytes
+    of each and of its gradient. `full`: they are the model's own weights. `head`: they are the output head, a copy of
+    its own where it was tied."""
 
-    layer: Callable[[int], Trained]
+    elsewhere: Trained
+    layers: tuple[tuple[tuple[int, ...], Trained], ...]
     trained: int
     width: int
     outer: dict[str, int]
     full: bool = False
     head: bool = False
+
+    def layer(self, i: int) -> Trained:
+        """What is trained inside layer i."""
+        return next((trained for layers, trained in self.layers if _holds(layers, i)), self.elsewhere)
 
     @property
     def gradient_bytes(self) -> int:
@@ -32,6 +38,19 @@ class Plan:
     def adapter_bytes(self) -> int:
         """Beside the base model's weights."""
         return 0 if self.full else self.trained * self.width
+
+
+def edges(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Where runs of neighbouring layers begin and end."""
+    if not layers:
+        return ()
+    if layers[-1] - layers[0] + 1 == len(layers):
+        return layers[0], layers[-1] + 1
+    return (*layers, *(i + 1 for i in layers))
+
+
+def _holds(layers: tuple[int, ...], i: int) -> bool:
+    return layers[0] <= i <= layers[-1] and (layers[-1] - layers[0] + 1 == len(layers) or i in layers)
 
 
 def make_plan(shape: ModelShape, method: MethodConfig, *, weight_width: int, adapter_width: int) -> Plan:
@@ -83,19 +102,22 @@ def _trained_tensors(shape: ModelShape, method: MethodConfig) -> list[tuple[int,
 
 def _full(shape: ModelShape, method: Any, weight_width: int, adapter_width: int) -> Plan:  # noqa: ARG001
     everything = Trained({}, full=True)
-    return Plan(lambda _: everything, shape.total_parameters, weight_width, {}, full=True)
+    return Plan(everything, (), shape.total_parameters, weight_width, {}, full=True)
 
 
 def _lora(shape: ModelShape, method: LoraConfig, weight_width: int, adapter_width: int) -> Plan:  # noqa: ARG001
     selection = select_linears(shape, method)
     nothing = Trained({}, adapter_width=adapter_width)
-    layers = {}
-    for targets, found in selection.patterns:
-        ranks = {target.name: target.r(method) for target in targets}
-        layers.update(dict.fromkeys(found, replace(nothing, ranks=ranks, magnitudes=method.use_dora)))
+    layers = tuple(
+        (
+            found,
+            replace(nothing, ranks={target.name: target.r(method) for target in targets}, magnitudes=method.use_dora),
+        )
+        for targets, found in selection.patterns
+    )
     outer = {target.name: target.r(method) for target in selection.targets if target.name in selection.outer}
     trained = trained_lora_parameters(selection, method)
-    return Plan(lambda i: layers.get(i, nothing), trained, adapter_width, outer)
+    return Plan(nothing, layers, trained, adapter_width, outer)
 
 
 def _same_everywhere(trained: Callable[[ModelShape, Any], Trained]) -> Callable[..., Plan]:
@@ -103,7 +125,7 @@ def _same_everywhere(trained: Callable[[ModelShape, Any], Trained]) -> Callable[
 
     def plan(shape: ModelShape, method: Any, weight_width: int, adapter_width: int) -> Plan:  # noqa: ARG001
         everywhere = trained(shape, method)
-        return Plan(lambda _: everywhere, count_parameters(shape, method).trainable_parameters, 4, {})
+        return Plan(everywhere, (), count_parameters(shape, method).trainable_parameters, 4, {})
 
     return plan
 
@@ -119,7 +141,7 @@ def _prefix(shape: ModelShape, method: PrefixConfig) -> Trained:  # noqa: ARG001
 
 def _head(shape: ModelShape, method: Any, weight_width: int, adapter_width: int) -> Plan:  # noqa: ARG001
     nothing = Trained({})
-    return Plan(lambda _: nothing, count_parameters(shape, method).trainable_parameters, 4, {}, head=True)
+    return Plan(nothing, (), count_parameters(shape, method).trainable_parameters, 4, {}, head=True)
 
 
 # Each method's planner. A method more is a line more.

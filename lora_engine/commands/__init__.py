@@ -11,6 +11,7 @@ COMMANDS = {
     "app": "serve",
     "count": "calculator",
     "memory": "calculator",
+    "trace": "tracing",
     "data": "calculator",
     "train": "work",
     "sweep": "work",

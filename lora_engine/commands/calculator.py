@@ -4,14 +4,31 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from lora_engine.calc import count_parameters, estimate_memory, fit_gpus, load_shape
+from lora_engine.calc import ModelShape, count_parameters, estimate_memory, fit_gpus, load_shape
 from lora_engine.commands.requests import Output, file_of, method_of, model_folder
 from lora_engine.data import check_dataset, load_tokenizer
+from lora_engine.errors import UnknownArchitectureError
 from lora_engine.text import bytes_text, table_text
+
+MOMENTS = {
+    "loss": "while the loss is computed, before any gradient exists",
+    "head": "as backward leaves the output head",
+    "backward": "on the way back through the layers",
+    "embedding": "as backward reaches the embedding",
+    "optimizer": "while the optimizer updates the weights",
+}
+
+
+def shape_of(model: str) -> ModelShape:
+    """The model's shape. Raises InputError; where only the formulas are missing, it says what works without them."""
+    try:
+        return load_shape(model)
+    except UnknownArchitectureError as error:
+        raise UnknownArchitectureError(f"{str(error).removesuffix('.')}; or trace it: lora-explorer trace.") from error
 
 
 def count(arguments: argparse.Namespace) -> Output:
-    shape = load_shape(arguments.model)
+    shape = shape_of(arguments.model)
     counted = count_parameters(shape, method_of(arguments))
     payload = {
         "model": shape.name,
@@ -21,18 +38,21 @@ def count(arguments: argparse.Namespace) -> Output:
         "modules": [asdict(module) for module in counted.modules],
         "notes": list(counted.notes),
     }
-    rows = [[m.name, m.count, m.in_features, m.out_features, f"{m.trainable_parameters:,}"] for m in counted.modules]
+    rows = [
+        [m.name, m.count, m.in_features, m.out_features, f"{m.trainable_parameters:,}", m.formula.partition(" = ")[0]]
+        for m in counted.modules
+    ]
     lines = [
         f"{shape.name}: {counted.trainable_parameters:,} of {counted.total_parameters:,} parameters are trained "
         f"({counted.trainable_percent:.3g} %).",
-        table_text(["module", "count", "in", "out", "trainable"], rows),
+        table_text(["module", "count", "in", "out", "trainable", "formula"], rows),
         *counted.notes,
     ]
     return payload, "\n".join(lines)
 
 
 def memory(arguments: argparse.Namespace) -> Output:
-    shape, method = load_shape(arguments.model), method_of(arguments)
+    shape, method = shape_of(arguments.model), method_of(arguments)
     settings: dict[str, Any] = {
         "precision": arguments.precision,
         "batch_size": arguments.batch,
@@ -40,27 +60,34 @@ def memory(arguments: argparse.Namespace) -> Output:
         "optimizer": arguments.optimizer,
         "checkpointing": arguments.checkpointing,
         "attention": arguments.attention,
+        "accumulation": arguments.accumulation,
+        "adapter_dtype": arguments.adapter_dtype,
     }
     estimate = estimate_memory(shape, method, **settings)
     gpus = fit_gpus(shape, method, **settings)
     payload = {
         "model": shape.name,
         "terms": dict(estimate.terms),
+        "moment": estimate.moment,
         "peak_bytes": estimate.peak_bytes,
         "low_bytes": estimate.low_bytes,
         "high_bytes": estimate.high_bytes,
+        "gradient_bytes": estimate.gradient_bytes,
         "inference_bytes": estimate.inference_bytes,
+        "notes": list(estimate.notes),
         "gpus": [asdict(gpu) for gpu in gpus],
     }
     lines = [
         f"{shape.name}: {bytes_text(estimate.peak_bytes)} to train (predicted; "
         f"{bytes_text(estimate.low_bytes)} to {bytes_text(estimate.high_bytes)}), "
         f"{bytes_text(estimate.inference_bytes)} to run.",
+        f"Highest {MOMENTS[estimate.moment]}; all gradients take {bytes_text(estimate.gradient_bytes)}.",
         table_text(["term", "memory"], [[name, bytes_text(value)] for name, value in estimate.terms.items()]),
         table_text(
             ["card", "memory", "fits", "largest batch"],
             [[g.name, bytes_text(g.memory_bytes), "yes" if g.fits else "no", g.max_batch] for g in gpus],
         ),
+        *estimate.notes,
     ]
     return payload, "\n\n".join(lines)
 

@@ -30,13 +30,19 @@ Output = tuple[dict[str, Any] | None, str]
 
 def method_of(arguments: argparse.Namespace) -> MethodConfig:
     """The config of --method, from the flags that belong to it."""
+    only_parameters = bool(arguments.target_parameters) and not arguments.targets.strip()
     builders: dict[str, Callable[[], MethodConfig]] = {
         "lora": lambda: LoraConfig(
             r=arguments.r,
             lora_alpha=arguments.alpha if arguments.alpha is not None else 2.0 * arguments.r,
-            target_modules=parse_targets(arguments.targets),
+            target_modules=() if only_parameters else parse_targets(arguments.targets),
             use_rslora=arguments.rslora,
             use_dora=arguments.dora,
+            layers_to_transform=arguments.layers,
+            exclude_modules=parse_targets(arguments.exclude) if arguments.exclude else (),
+            rank_pattern=tuple(arguments.rank_pattern or ()),
+            alpha_pattern=tuple(arguments.alpha_pattern or ()),
+            target_parameters=parse_names(arguments.target_parameters),
         ),
         "full": FullConfig,
         "head": HeadConfig,
@@ -53,6 +59,11 @@ def method_of(arguments: argparse.Namespace) -> MethodConfig:
         "ia3": IA3Config,
     }
     return builders[arguments.method]()
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """ "a,b" -> ("a", "b"); nothing for None."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def loop_of(arguments: argparse.Namespace, *, lr: float, seed: int) -> TrainConfig:

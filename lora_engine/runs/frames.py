@@ -59,6 +59,23 @@ RUN_COLUMNS = {
     "created": "datetime64[us, UTC]",
 }
 
+ACCURACY_COLUMNS = {
+    "run_id": "str",
+    "model": "str",
+    "method": "str",
+    "r": "float64",
+    "precision": "str",
+    "batch_size": "int64",  # sequences a micro-batch
+    "max_length": "int64",
+    "device": "str",
+    "kind": "str",  # "allocated" (CUDA) | "tracked" (tensor bytes on the CPU)
+    "predicted_bytes": "int64",
+    "measured_bytes": "int64",
+    "reserved_bytes": "float64",  # what CUDA's allocator held
+    "error_percent": "float64",  # measured minus predicted, in percent of the predicted
+    "created": "datetime64[us, UTC]",
+}
+
 
 def steps_frame(ledger: Ledger, run_ids: Sequence[str]) -> pd.DataFrame:
     """One row a step of these runs (STEP_COLUMNS), ordered by run and step; tokens and seconds run on from step 1."""
@@ -74,6 +91,13 @@ def runs_frame(ledger: Ledger, sweep_id: str | None = None) -> pd.DataFrame:
     """One row a run (RUN_COLUMNS), oldest first, so that a sweep's rows are in grid order; unknown is NaN."""
     records = reversed(ledger.list_runs(sweep_id=sweep_id))
     return _frame([_run_row(record) for record in records], RUN_COLUMNS)
+
+
+def accuracy_frame(ledger: Ledger) -> pd.DataFrame:
+    """One row a finished run whose peak was predicted before it started and measured while it ran
+    (ACCURACY_COLUMNS), oldest first."""
+    records = reversed(ledger.list_runs(status="done"))
+    return _frame([row for record in records if (row := _accuracy_row(record)) is not None], ACCURACY_COLUMNS)
 
 
 def _frame(rows: Sequence[Sequence[Any]], columns: Mapping[str, str]) -> pd.DataFrame:
@@ -133,9 +157,41 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
         "adapter_bytes": result.get("adapter_bytes"),
         "created": record.created_seconds,
     }
-    # A missing number is NaN from here on; a missing text stays None, which pandas reads as missing.
+    return _row(values, RUN_COLUMNS)
+
+
+def _accuracy_row(record: RunRecord) -> tuple[Any, ...] | None:
+    config = record.config
+    method: Mapping[str, Any] = config.get("method") or {}
+    train: Mapping[str, Any] = config.get("train") or {}
+    result: Mapping[str, Any] = record.result or {}
+    predicted, measured = (record.prediction or {}).get("peak_bytes"), result.get("peak_bytes")
+    if not predicted or not measured:
+        return None
+    values: dict[str, Any] = {
+        "run_id": record.id,
+        "model": config.get("model"),
+        "method": method.get("method"),
+        "r": method.get("r"),
+        "precision": train.get("precision"),
+        "batch_size": train.get("batch_size", 1),
+        "max_length": train.get("max_length", 0),
+        "device": result.get("device"),
+        "kind": result.get("peak_kind") or "tracked",
+        "predicted_bytes": predicted,
+        "measured_bytes": measured,
+        "reserved_bytes": result.get("reserved_bytes"),
+        "error_percent": 100.0 * (measured - predicted) / predicted,
+        "created": record.created_seconds,
+    }
+    return _row(values, ACCURACY_COLUMNS)
+
+
+def _row(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Any, ...]:
+    """In the order of `columns`. A missing number is NaN from here on; a missing text stays None, which pandas reads
+    as missing."""
     return tuple(
-        math.nan if values[name] is None and dtype == "float64" else values[name] for name, dtype in RUN_COLUMNS.items()
+        math.nan if values[name] is None and dtype == "float64" else values[name] for name, dtype in columns.items()
     )
 
 

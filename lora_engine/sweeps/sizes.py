@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from lora_engine.calc import ModelShape, count_parameters, estimate_memory, estimate_step_flops
+from lora_engine.calc.predict import with_task_head
 from lora_engine.config import (
     BottleneckConfig,
+    HeadConfig,
     LoraConfig,
     MethodConfig,
     PrefixConfig,
@@ -36,6 +38,8 @@ def plan_comparison(
     if match not in MATCHES:
         raise ConfigError("match", match, f"one of {', '.join(MATCHES)}")
     reference = next((m for m in methods if isinstance(m, LoraConfig)), methods[0] if methods else base.method)
+    if any(isinstance(m, HeadConfig) for m in methods):
+        shape = with_task_head(shape)
     fitted, notes = list(methods), []
     if match in ("parameters", "memory"):
         cost = _cost_of(match, base, shape)

@@ -6,20 +6,27 @@ Kernels are the CPU's. `lora_engine.calc.memory` answers at once and is held aga
 """
 
 import contextlib
+import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, masking_utils
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, masking_utils
 from transformers.integrations import moe
 
+from lora_engine.assets_path import asset_path
+from lora_engine.calc.catalog import CATALOG, find_model
 from lora_engine.calc.structure import ENCODERS
-from lora_engine.config import MethodConfig, TrainConfig
+from lora_engine.config import LoraConfig, MethodConfig, TrainConfig
+from lora_engine.errors import InputError, ModelLoadError, NotFoundError
 from lora_engine.methods import inject
+from lora_engine.methods.places import transformer_layers
 from lora_engine.training.base import autocast_of, prepare_model, weight_dtype
 from lora_engine.training.batches import Batch
 from lora_engine.training.loop import build_optimizer
@@ -28,14 +35,21 @@ from lora_engine.training.measure import LiveBytes
 
 CATEGORIES = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
 
+# Deeper models are traced at these depths: memory is affine in the number of layers, phase by phase. Four layers
+# apart, so that patterns of two and four layers (Llama 4's) come round.
+SHALLOW, DEEP = 4, 8
+
 
 @dataclass(frozen=True)
 class TracedMemory:
-    """`phases`: for "forward", "loss", "backward" and "optimizer" the bytes alive by category at that phase's peak.
-    "activations" are storages that the forward pass made and that still live, "logits" those that the output head
-    and the loss made; "overhead" is what backward and the optimizer made and is no gradient or state."""
+    """`phases`: the bytes alive by category at the peak of each phase, "forward", "loss" (with the way back through the
+    head), "backward" (the upper half of the layers), "lower backward" and "optimizer". "activations" are storages that
+    the forward pass made and that still live, "logits" those that the output head and the loss made; "overhead" is
+    what backward and the optimizer made and is no gradient or state. Counts are of the whole model."""
 
     phases: dict[str, dict[str, int]]
+    total_parameters: int
+    trainable_parameters: int
 
     @property
     def peak_phase(self) -> str:
@@ -87,6 +101,77 @@ class CategoryBytes(LiveBytes):
         self.live[category] = self.live.get(category, 0) + size
 
 
+def load_config(model: str) -> PreTrainedConfig:
+    """transformers' config of "embedded", a folder, a path to a config.json, or a name from the catalog.
+
+    Raises ModelLoadError when transformers does not know the architecture, NotFoundError for an unknown name."""
+    path = asset_path("base") if model == "embedded" else Path(model).expanduser()
+    try:
+        if path.is_dir():
+            path = path / "config.json"
+        if path.is_file():
+            facts = json.loads(path.read_text(encoding="utf-8-sig"))
+        else:
+            hub_id = find_model(model)
+            if hub_id is None:
+                raise NotFoundError(
+                    f"model is {model[:200]!r}; allowed: embedded, a folder with config.json, a path to a config.json, "
+                    "or a name from the catalog."
+                )
+            facts = CATALOG[hub_id]
+        facts = dict(facts)
+        config: PreTrainedConfig = CONFIG_MAPPING[facts.pop("model_type")](**facts)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelLoadError(
+            f"model is {model[:200]!r}; transformers cannot read its config: {reason[:200]}"
+        ) from error
+    return config
+
+
+def trace_memory(
+    config: PreTrainedConfig,
+    method: MethodConfig,
+    train: TrainConfig,
+    **options: Any,
+) -> TracedMemory:
+    """`trace_step`; of a model with more than DEEP layers from two shallow traces, each phase and category continued
+    to the full depth. A method that names single layers is traced as it is."""
+    text = config.get_text_config()
+    depth = getattr(text, "num_hidden_layers", 0)
+    if depth <= DEEP or (isinstance(method, LoraConfig) and method.layers_to_transform is not None):
+        return trace_step(config, method, train, **options)
+    low, high = (trace_step(_with_depth(config, layers), method, train, **options) for layers in (SHALLOW, DEEP))
+
+    def at_depth(one: int, other: int) -> int:
+        return other + (other - one) * (depth - DEEP) // (DEEP - SHALLOW)
+
+    return TracedMemory(
+        {
+            phase: {
+                name: at_depth(low.phases[phase].get(name, 0), high.phases[phase].get(name, 0)) for name in CATEGORIES
+            }
+            for phase in high.phases
+        },
+        at_depth(low.total_parameters, high.total_parameters),
+        at_depth(low.trainable_parameters, high.trainable_parameters),
+    )
+
+
+def _with_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """A copy of `config` with so many layers; lists with an entry for each layer are cut."""
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return shallow
+
+
 def trace_step(
     config: PreTrainedConfig,
     method: MethodConfig,
@@ -105,10 +190,12 @@ def trace_step(
         kind: Any = AutoModelForMaskedLM if config.model_type in ENCODERS else AutoModelForCausalLM
         model: Any = kind.from_config(config, dtype=weight_dtype(train), attn_implementation=attention)
         prepare_model(model, train)
+    total = sum(p.numel() for p in model.parameters())
     inject(model, method)
     _make_fake(model, fake)
     with fake, _plain_transformers():
-        return _trace(model, train, labelled_share, torch.device(device))
+        phases = _trace(model, train, labelled_share, torch.device(device))
+    return TracedMemory(phases, total, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -137,11 +224,40 @@ def _softmax(scores: Tensor, dim: int, dtype: torch.dtype | None = None, **_: An
     return torch.softmax(scores, dim, torch.float32 if torch.is_autocast_enabled("cpu") else dtype)
 
 
+class _Dropout(torch.autograd.Function):
+    """Dropout as CUDA has it, which keeps a mask of one byte a value; the CPU keeps it in the values' own type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:  # noqa: ARG004
+        return torch.empty_like(grads[0])
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: ARG001
+    dropped: Tensor = _Dropout.apply(x) if p and training else x
+    return dropped
+
+
+_attention = nn.functional.scaled_dot_product_attention
+
+
+def _attention_without_dropout(*args: Any, **kwargs: Any) -> Tensor:
+    """CUDA's kernels drop as they go and keep a seed; the CPU would fall back to whole score matrices."""
+    return _attention(*args, **kwargs | {"dropout_p": 0.0})
+
+
 @contextlib.contextmanager
 def _plain_transformers() -> Iterator[None]:
     """Where transformers or torch would ask a fake tensor what it cannot say: a batch of ours is never packed, which
-    transformers finds out by reading positions; and products of grouped experts go through a stand-in."""
+    transformers finds out by reading positions; and products of grouped experts go through a stand-in. And where the
+    CPU's kernels keep other tensors than CUDA's."""
     with (
+        mock.patch.object(nn.functional, "dropout", _dropout),
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention_without_dropout),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
         mock.patch.object(moe, "_grouped_mm", _grouped_mm),
         mock.patch.object(nn.functional, "softmax", _softmax),
@@ -149,7 +265,7 @@ def _plain_transformers() -> Iterator[None]:
         yield
 
 
-def _trace(model: Any, train: TrainConfig, labelled_share: float, device: torch.device) -> TracedMemory:
+def _trace(model: Any, train: TrainConfig, labelled_share: float, device: torch.device) -> dict[str, dict[str, int]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     count = CategoryBytes()
     for category, tensors in (
@@ -167,7 +283,7 @@ def _trace(model: Any, train: TrainConfig, labelled_share: float, device: torch.
             for _ in range(train.accumulation):
                 count.category = "overhead"
                 batch = _batch(train, labelled_share, device)
-                with _gradients(count, trained), _head(count, model):
+                with _gradients(count, trained), _phases(count, model):
                     count.phase, count.category = ("forward" if step else ""), "activations"
                     with autocast_of(train, device):
                         loss = labelled_loss_sum(model, batch) / batch.num_labels
@@ -179,7 +295,7 @@ def _trace(model: Any, train: TrainConfig, labelled_share: float, device: torch.
             count.category = "overhead" if step else "optimizer"
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return TracedMemory(count.phases)
+    return count.phases
 
 
 def _batch(train: TrainConfig, labelled_share: float, device: torch.device) -> Batch:
@@ -203,12 +319,21 @@ def _gradients(count: CategoryBytes, trained: list[nn.Parameter]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _head(count: CategoryBytes, model: Any) -> Iterator[None]:
-    """From the output head on, what is made are logits; the loss phase ends where backward leaves the head."""
+def _phases(count: CategoryBytes, model: Any) -> Iterator[None]:
+    """From the output head on, what is made are logits; the loss phase ends where backward leaves the head, and the
+    layers' way back is told apart in halves, whose peaks grow with depth each in its own way."""
     head = model.get_output_embeddings()
 
     def leave(_gradient: Tensor) -> None:
         count.phase = count.phase and "backward"
+
+    def halfway(_gradient: Tensor) -> None:
+        count.phase = count.phase and "lower backward"
+
+    def middle(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad and count.category == "activations":
+            hidden.register_hook(halfway)
 
     def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if count.category == "activations":
@@ -217,9 +342,14 @@ def _head(count: CategoryBytes, model: Any) -> Iterator[None]:
             if inputs[0].requires_grad:
                 inputs[0].register_hook(leave)
 
-    handle = head.register_forward_pre_hook(enter)
+    layers = transformer_layers(model)
+    handles = [
+        head.register_forward_pre_hook(enter),
+        layers[(len(layers) - 1) // 2][1].register_forward_hook(middle),
+    ]
     yield
-    handle.remove()
+    for handle in handles:
+        handle.remove()
 
 
 def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -36,7 +36,8 @@ def open_page(page: Page, name: str) -> None:
 
 
 def drop_file(page: Page, name: str, content: bytes) -> None:
-    page.locator("input[type=file]").first.set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
+    main = page.get_by_test_id("stMain")
+    main.locator("input[type=file]").first.set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
 
 
 def fill_number(page: Page, key: str, value: int) -> None:
@@ -168,3 +169,7 @@ def history(page: Page, run_id: str) -> None:
     lines = waiting.value.path().read_text().strip().splitlines()
     assert len(lines) == 6
     assert any(run_id in line for line in lines)
+
+    open_page(page, "Accuracy")
+    expect(page.get_by_text(re.compile(r"On this machine 5 runs: the prediction was off by [\d.]+ %"))).to_be_visible()
+    expect(page.locator(".js-plotly-plot").nth(1)).to_be_visible()

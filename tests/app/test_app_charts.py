@@ -205,3 +205,70 @@ def test_overlay_keeps_the_order_asked_for():
 
 def test_fading_keeps_the_colour():
     assert faded("#E69F00", 0.5) == "rgba(230,159,0,0.5)"
+
+
+def accuracy(errors=(1.0, -2.0, 0.5), predicted=(2**20, 2**25, 2**30), kinds=("tracked", "allocated", "allocated")):
+    rows = [
+        {
+            "run_id": f"run{i}", "model": "embedded", "method": ("lora", "full")[i % 2],
+            "r": None if i % 2 else 8.0,
+            "precision": "fp32", "batch_size": 8, "max_length": 128, "device": "cpu", "kind": kind,
+            "predicted_bytes": size, "measured_bytes": round(size * (1 + error / 100)),
+            "reserved_bytes": 2.0 * size if kind == "allocated" else float("nan"), "error_percent": error,
+        }
+        for i, (error, size, kind) in enumerate(zip(errors, predicted, kinds, strict=True))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_predicted_against_measured_has_its_diagonal_and_a_point_a_run():
+    table = accuracy()
+    figure = charts.plot_predicted_measured(table)
+    diagonal, *groups = figure.data
+    assert list(diagonal.x) == list(diagonal.y)
+    assert sum(len(group.x) for group in groups) == len(table)
+    assert {group.name for group in groups} == {"lora", "full"}
+    assert [group.name for group in groups if group.showlegend].count("lora") == 1
+    # 1 MiB to 1 GiB: three decades, so both axes are logarithmic, over the same range.
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert figure.layout.xaxis.range == figure.layout.yaxis.range
+    assert titles(figure) == ("Predicted peak (GiB)", "Measured peak (GiB)")
+    text = " ".join(hover for group in groups for hover in group.customdata)
+    assert "run1" in text
+    assert "reserved" in text
+    assert "−2.00 %" in text
+
+
+def test_runs_alike_in_size_stand_on_axes_from_zero():
+    table = accuracy(predicted=(100, 110, 120), kinds=("tracked",) * 3)
+    figure = charts.plot_predicted_measured(table)
+    assert figure.layout.xaxis.type != "log"
+    assert figure.layout.xaxis.range[0] == 0
+    assert titles(figure)[1] == "Measured peak, tensor bytes on the CPU (B)"
+
+
+@pytest.mark.parametrize("errors", [[0.4], [0.0, 0.0], [-3.0, 5.0, 0.1, 0.2], [i / 7 for i in range(-40, 900)]])
+def test_every_error_is_in_exactly_one_bin(errors):
+    table = charts.error_table(errors)
+    assert table["runs"].sum() == len(errors)
+    assert len(table) <= 26
+    for row in table.itertuples():
+        inside = sum(row.low_percent - 1e-9 <= error < row.high_percent - 1e-9 for error in errors)
+        assert abs(inside - row.runs) <= sum(abs(error - row.low_percent) < 1e-6 for error in errors)
+    # 0 is an edge or outside: too much and too little are told apart.
+    assert not ((table["low_percent"] < 0) & (table["high_percent"] > 0)).any()
+
+
+def test_no_errors_no_bins():
+    assert len(charts.error_table([])) == 0
+
+
+def test_errors_chart_counts_runs_and_shades_the_interval():
+    table = charts.error_table([-1.5, 0.5, 0.6])
+    figure = charts.plot_errors(table, band=(-2.0, 2.0), band_text="shaded")
+    assert list(figure.data[0].y) == list(table["runs"])
+    assert figure.layout.yaxis.rangemode == "tozero"
+    band = next(shape for shape in figure.layout.shapes if shape.type == "rect")
+    assert (band.x0, band.x1) == (-2.0, 2.0)
+    assert figure.layout.annotations[0].text == "shaded"
+    assert not charts.plot_errors(table).layout.annotations

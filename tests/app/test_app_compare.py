@@ -1,6 +1,5 @@
 """The Compare page, the promises and the dial, without a browser and without training."""
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -24,17 +23,6 @@ from lora_engine.sweeps.comparison import ComparisonSpec, Entry
 MAIN = Path(__file__).resolve().parents[2] / "app" / "main.py"
 PAGE = "views/compare.py"
 TERMS = {"weights": 12_000_000, "adapter": 600_000, "activations": 20_000_000}
-
-
-@pytest.fixture(autouse=True)
-def fresh_caches():
-    import streamlit as st
-
-    main_module = sys.modules["__main__"]
-    yield
-    sys.modules["__main__"] = main_module
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 def open_page(**parameters):

@@ -45,3 +45,13 @@ def test_small_numbers_keep_three_digits():
     assert formatting.format_number(0.003) == "0.003"
     assert formatting.plural(1, "row") == "1 row"
     assert formatting.plural(1204, "row") == "1,204 rows"
+
+
+def test_operations_energy_and_short_times():
+    from formatting import format_duration, format_flops, format_watt_hours
+
+    assert [format_flops(v) for v in (12, 15.6e9, 4.86e15, 999.9e9)] == [
+        "12.0 FLOP", "15.6 GFLOP", "4.86 PFLOP", "1.00 TFLOP",
+    ]  # fmt: skip
+    assert [format_watt_hours(v) for v in (0.145, 12, 4320)] == ["145 mWh", "12.0 Wh", "4.32 kWh"]
+    assert [format_duration(v) for v in (0.00306, 0.0995, 3.06)] == ["3.06 ms", "0.1 s", "3.1 s"]

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, TrainConfig, to_dict
-from lora_engine.runs import Ledger, evals_frame, runs_frame, steps_frame, this_process
-from lora_engine.runs.frames import EVAL_COLUMNS, RUN_COLUMNS, STEP_COLUMNS
+from lora_engine.runs import Ledger, accuracy_frame, evals_frame, runs_frame, steps_frame, this_process
+from lora_engine.runs.frames import ACCURACY_COLUMNS, EVAL_COLUMNS, RUN_COLUMNS, STEP_COLUMNS
 
 RESULT = {
     "trainable_parameters": 10,
@@ -107,11 +107,38 @@ def test_steps_and_evals(ledger: Ledger) -> None:
     assert list(frame.itertuples(index=False, name=None)) == [(a, 0, 3.0)]
 
 
+def finish(ledger: Ledger, config: RunConfig, predicted: int | None, status: str = "done", **result: object) -> str:
+    prediction = None if predicted is None else {"peak_bytes": predicted}
+    run_id = ledger.create_run(to_dict(config), prediction=prediction, num_steps=7)
+    ledger.claim_run(run_id, *this_process())
+    ledger.finish_run(run_id, status, result=RESULT | result if status == "done" else None)
+    return run_id
+
+
+def test_accuracy_holds_what_was_written_before_against_what_was_measured(ledger: Ledger) -> None:
+    cpu = finish(ledger, LORA, 1000, peak_bytes=1030)
+    gpu = finish(ledger, FULL, 2000, peak_bytes=1900, peak_kind="allocated", reserved_bytes=2500, device="H100")
+    finish(ledger, LORA, None)
+    finish(ledger, LORA, 1000, peak_bytes=None)
+    finish(ledger, LORA, 1000, status="failed")
+    frame = accuracy_frame(ledger)
+    assert dtypes(frame) == ACCURACY_COLUMNS
+    assert list(frame["run_id"]) == [cpu, gpu]
+    assert list(frame["error_percent"]) == pytest.approx([3.0, -5.0])
+    assert list(frame["kind"]) == ["tracked", "allocated"]
+    assert list(frame["measured_bytes"]) == [1030, 1900]
+    assert math.isnan(frame["reserved_bytes"][0])
+    assert frame["reserved_bytes"][1] == 2500
+    assert (frame["r"][0], frame["batch_size"][0], frame["max_length"][0]) == (8, 4, 64)
+    assert math.isnan(frame["r"][1])
+
+
 def test_empty_frames_have_the_same_types(ledger: Ledger) -> None:
     for frame, columns in (
         (runs_frame(ledger), RUN_COLUMNS),
         (steps_frame(ledger, []), STEP_COLUMNS),
         (evals_frame(ledger, []), EVAL_COLUMNS),
+        (accuracy_frame(ledger), ACCURACY_COLUMNS),
     ):
         assert dtypes(frame) == columns
         assert len(frame) == 0

@@ -5,11 +5,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_engine import comparisons
-from lora_engine.calc import count_parameters, estimate_memory, estimate_step_flops, load_shape
+from lora_engine.calc import count_parameters, estimate_memory, estimate_step_flops, load_shape, shape_from_config
+from lora_engine.calc.predict import with_task_head
 from lora_engine.config import (
     DEFAULT_LRS,
     METHOD_CONFIGS,
@@ -306,3 +308,17 @@ def test_a_grid_is_no_comparison(tmp_path):
     sweep_id, _ = ledger.create_sweep({"base": {}}, [(to_dict(BASE), None)])
     with pytest.raises(InputError, match="a sweep over ranks; allowed: the id of a comparison"):
         comparisons.read_comparison(ledger, sweep_id)
+
+
+def test_an_encoder_without_a_head_is_compared_as_a_classifier():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    encoder = shape_from_config(config.to_dict() | {"architectures": ["BertModel"]}, "tiny")
+    spec = plan_comparison(BASE, METHODS, encoder, match="seconds")
+    assert spec.entry("head").steps > spec.entry("full").steps
+    with torch.device("meta"):
+        real = BertForSequenceClassification(config)
+    wanted = sum(p.numel() for p in real.classifier.parameters())
+    assert count_parameters(with_task_head(encoder), HeadConfig()).trainable_parameters == wanted
+    assert with_task_head(SHAPE) is SHAPE
