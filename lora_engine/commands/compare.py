@@ -41,7 +41,8 @@ def compare(arguments: argparse.Namespace) -> Output:
     payload = read_comparison(ledger, comparison_id)
     if all(row["eval_loss_after"] is None for row in payload["methods"]):
         errors = [error for row in payload["methods"] for error in row["errors"]]
-        raise RunFailedError(f"comparison {comparison_id} is {payload['status']}: {(errors or ['no run finished'])[0]}")
+        why = errors[0] if errors else "no run finished yet; the same command goes on with it."
+        raise RunFailedError(f"comparison {comparison_id} is {payload['status']}: {why}")
     return payload, text_of(payload)
 
 
