@@ -261,3 +261,17 @@ def _ledger(home: str) -> Any:
     from lora_engine.runs import Ledger
 
     return Ledger(Path(home))
+
+
+def dialer() -> Any:
+    """The warm process that turns the dial of runs at home; started with its first question."""
+    from lora_engine.runs import default_home
+
+    return _dialer(str(default_home()))
+
+
+@st.cache_resource(max_entries=2, show_spinner=False, on_release=lambda warm: warm.close())
+def _dialer(home: str) -> Any:
+    from lora_engine.executors.warm import WarmProcess
+
+    return WarmProcess(Path(home))

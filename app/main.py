@@ -12,6 +12,7 @@ page = st.navigation(
         st.Page("views/explore.py", title="Explore", icon=":material/straighten:", default=True),
         st.Page("views/finetune.py", title="Fine-tune", icon=":material/model_training:"),
         st.Page("views/sweep.py", title="Sweep", icon=":material/grid_on:"),
+        st.Page("views/compare.py", title="Compare", icon=":material/balance:"),
         st.Page("views/runs.py", title="Runs", icon=":material/history:"),
         st.Page("views/accuracy.py", title="Accuracy", icon=":material/target:"),
     ]

@@ -73,32 +73,33 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     common.add_argument("--home", type=Path, help="where runs are kept (default: LORA_EXPLORER_HOME)")
 
-    method = _Parser(add_help=False)
-    method.add_argument("--method", default="lora", choices=tuple(METHOD_CONFIGS))
-    method.add_argument("--r", type=int, default=8, help="rank")
-    method.add_argument("--alpha", type=float, help="scaling numerator (default: twice the rank)")
-    method.add_argument(
+    sizes = _Parser(add_help=False)
+    sizes.add_argument("--r", type=int, default=8, help="rank")
+    sizes.add_argument("--alpha", type=float, help="scaling numerator (default: twice the rank)")
+    sizes.add_argument(
         "--targets", default="all-linear", help="attention, mlp, all-linear, names separated by commas, or a regex"
     )
-    method.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    method.add_argument("--dora", action="store_true", help="LoRA with trained magnitudes")
-    method.add_argument("--layers", type=INTEGERS, help="layers to adapt, from 0, separated by commas")
-    method.add_argument("--exclude", help="modules to leave alone: names separated by commas, or a regex")
-    method.add_argument(
+    sizes.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    sizes.add_argument("--dora", action="store_true", help="LoRA with trained magnitudes")
+    sizes.add_argument("--layers", type=INTEGERS, help="layers to adapt, from 0, separated by commas")
+    sizes.add_argument("--exclude", help="modules to leave alone: names separated by commas, or a regex")
+    sizes.add_argument(
         "--rank-pattern", type=pair_of(int, "a whole number"), action="append", metavar="KEY=R",
         help="another rank for modules whose name ends in KEY; may be given several times",
     )  # fmt: skip
-    method.add_argument(
+    sizes.add_argument(
         "--alpha-pattern", type=pair_of(float, "a number"), action="append", metavar="KEY=A",
         help="another alpha for modules whose name ends in KEY; may be given several times",
     )  # fmt: skip
-    method.add_argument("--target-parameters", help="parameters to adapt, such as stacked experts, names with commas")
-    method.add_argument("--reduction-factor", type=int, default=16, help="bottleneck: hidden size / inner width")
-    method.add_argument("--placement", default="houlsby", choices=("houlsby", "pfeiffer"), help="bottleneck: where")
-    method.add_argument("--activation", default="gelu", choices=("gelu", "relu"), help="bottleneck: nonlinearity")
-    method.add_argument("--prefix-length", type=int, default=16, help="prefix: trained key-value pairs a layer")
-    method.add_argument("--reparametrize", action="store_true", help="prefix: train through an MLP, dropped afterwards")
-    method.add_argument("--encoder-hidden", type=int, default=0, help="prefix: width of that MLP (0: hidden size)")
+    sizes.add_argument("--target-parameters", help="parameters to adapt, such as stacked experts, names with commas")
+    sizes.add_argument("--reduction-factor", type=int, default=16, help="bottleneck: hidden size / inner width")
+    sizes.add_argument("--placement", default="houlsby", choices=("houlsby", "pfeiffer"), help="bottleneck: where")
+    sizes.add_argument("--activation", default="gelu", choices=("gelu", "relu"), help="bottleneck: nonlinearity")
+    sizes.add_argument("--prefix-length", type=int, default=16, help="prefix: trained key-value pairs a layer")
+    sizes.add_argument("--reparametrize", action="store_true", help="prefix: train through an MLP, dropped afterwards")
+    sizes.add_argument("--encoder-hidden", type=int, default=0, help="prefix: width of that MLP (0: hidden size)")
+    method = _Parser(add_help=False, parents=[sizes])
+    method.add_argument("--method", default="lora", choices=tuple(METHOD_CONFIGS))
 
     loop = _Parser(add_help=False)
     loop.add_argument("--data", required=True, help="a .txt .md .csv .tsv .json .jsonl or .parquet file")
@@ -155,6 +156,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--rslora", action="store_true")
     sub.add_argument("--executor", default="local", choices=("local",))
 
+    sub = add("compare", "train several methods on the same batches and set them side by side", sizes, loop)
+    sub.add_argument("model", nargs="?", default="embedded")
+    sub.add_argument("--methods", default="lora,full,head,bottleneck,prefix", help="names separated by commas")
+    sub.add_argument("--seeds", type=INTEGERS, default=(0, 1, 2))
+    sub.add_argument(
+        "--lrs",
+        "--lr",
+        default="",
+        help="learning rates of the search: for all methods (1e-3,3e-3) or for each (lora:1e-3,3e-3;full:1e-4,3e-4); "
+        "default: three around each method's own",
+    )
+    sub.add_argument(
+        "--match",
+        default="steps",
+        choices=("steps", "parameters", "memory", "seconds"),
+        help="what is made equal to LoRA's",
+    )
+    sub.add_argument("--eval-rows", type=int, default=256, help="rows that losses are measured on, at most")
+
     sub = add("generate", "continue a prompt with a trained run")
     sub.add_argument("run")
     sub.add_argument("--prompt", required=True)
@@ -208,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         except BrokenPipeError:  # the reader of a pipe had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if arguments.command in ("train", "sweep") and payload["status"] != "done":
+        if arguments.command in ("train", "sweep", "compare") and payload["status"] != "done":
             return 1
     return 0
 

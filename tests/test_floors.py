@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH_FREE = [
     "lora_engine", "lora_engine.errors", "lora_engine.config", "lora_engine.core", "lora_engine.calc",
     "lora_engine.data", "lora_engine.runs", "lora_engine.sweeps", "lora_engine.executors",
-    "lora_engine.cli", "lora_engine.commands",
+    "lora_engine.cli", "lora_engine.commands", "lora_engine.comparisons", "lora_engine.comparer", "lora_engine.dialer",
 ]  # fmt: skip
 FLOORS = [
     ["errors"],

@@ -3,6 +3,7 @@
 import cache
 import charts
 import run_history
+import scale_dial
 import state
 import streamlit as st
 from charts.curves import curve_name
@@ -57,6 +58,7 @@ if picked:
 if len(picked) == 1:
     record = cache.ledger().get_run(picked[0])
     run_history.show_details(record)
+    scale_dial.show_fold(record.id)
     if st.button("Open on the Fine-tune page", key="open_run"):
         state.remember(state.RUN, record.id)
         state.open_page("views/finetune.py")

@@ -1,13 +1,14 @@
 """What a run is expected to cost, written down before it starts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_engine.calc.memory import estimate_memory
-from lora_engine.calc.params import adapter_file_bytes, count_parameters
+from lora_engine.calc.params import TASK_HEADS, adapter_file_bytes, count_parameters
 from lora_engine.calc.shapes import load_shape
-from lora_engine.config import RunConfig
+from lora_engine.calc.structure import LinearShape, ModelShape
+from lora_engine.config import HeadConfig, RunConfig
 from lora_engine.errors import ConfigError
 
 
@@ -24,12 +25,24 @@ def row_facts(report: Mapping[str, Any]) -> RowFacts:
     return RowFacts(report["longest_tokens"], report["trained_tokens"] / report["examples"])
 
 
+def with_task_head(shape: ModelShape) -> ModelShape:
+    """A base that has no head of its own, as encoders are shared, with that of a classifier of two classes.
+
+    Its head is all that method head trains; of any other method it is a small part and left out."""
+    if shape.output_head or any(linear.name.partition(".")[0] in TASK_HEADS for linear in shape.linears):
+        return shape
+    head = LinearShape("classifier", 1, shape.hidden_size, 2, "linear", has_bias=True, group="head", per_layer=False)
+    return replace(shape, linears=(*shape.linears, head))
+
+
 def predict_run(config: RunConfig, rows: RowFacts | None = None) -> dict[str, Any]:
     """Counts and bytes for `config`: `trainable_parameters, total_parameters, peak_bytes, low_bytes,
     high_bytes, terms, adapter_bytes`. Without `rows`, every row fills max_length and is trained on.
 
     Raises ModelConfigError, TargetError, and ConfigError for rows longer than the model's context."""
     shape = load_shape(config.model)
+    if isinstance(config.method, HeadConfig):
+        shape = with_task_head(shape)
     if shape.max_positions and config.train.max_length > shape.max_positions:
         allowed = f"at most {shape.max_positions}, the context of this model"
         raise ConfigError("max_length", config.train.max_length, allowed)

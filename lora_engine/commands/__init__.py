@@ -15,6 +15,7 @@ COMMANDS = {
     "data": "calculator",
     "train": "work",
     "sweep": "work",
+    "compare": "compare",
     "generate": "work",
     "pretrain": "work",
     "runs": "history",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_engine.commands.requests import Output
+from lora_engine.comparisons import comparer, is_comparison, resume_comparison
 from lora_engine.errors import InputError, NotFoundError
 from lora_engine.executors import LocalExecutor
 from lora_engine.runs import Ledger, RunRecord, SweepRecord, default_home
@@ -88,7 +89,9 @@ def _cancel(ledger: Ledger, record: RunRecord | SweepRecord) -> None:
 
 def _resume(ledger: Ledger, record: RunRecord | SweepRecord) -> None:
     executor = LocalExecutor(ledger.home)
-    if isinstance(record, SweepRecord):
+    if isinstance(record, SweepRecord) and is_comparison(record):
+        resume_comparison(ledger, record.id, comparer(ledger))
+    elif isinstance(record, SweepRecord):
         resume_sweep(ledger, record.id, executor, failed=True, cancelled=True)
     else:
         ledger.requeue(record.id)

@@ -10,7 +10,14 @@ from lora_engine.runs import Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ROOT / "app" / "main.py"
-PAGES = ("views/explore.py", "views/finetune.py", "views/sweep.py", "views/runs.py", "views/accuracy.py")
+PAGES = (
+    "views/explore.py",
+    "views/finetune.py",
+    "views/sweep.py",
+    "views/compare.py",
+    "views/runs.py",
+    "views/accuracy.py",
+)
 
 
 def open_page(page=PAGES[0], **parameters):
