@@ -213,12 +213,13 @@ class _Layer:
     def routed(self) -> list[Block]:
         """The experts of a layer that has them (transformers' grouped products): every token's rows are gathered, once
         for each of its experts, and summed with the router's weights in float32."""
-        moe, step, trained = self.shape.moe, self.step, self.trained
+        shape, step, trained = self.shape, self.step, self.trained
+        moe = shape.moe
         if not self.experts or moe is None:
             return []
         # Autocast leaves grouped products alone: they run in the weights' own type.
         c, s, k = step.widths.weight, step.widths.stream, moe.experts_per_token
-        h, n = self.shape.hidden_size, step.tokens
+        h, n = shape.hidden_size, step.tokens
         i, adapted = moe.intermediate_size, [x for x in self.experts if trained.full or x.name in trained.ranks]
         saved = passing = out = 0
         if self.before_mlp:
@@ -246,7 +247,9 @@ class _Layer:
             rows = s * h + c * k * (h + i) if x.in_features == i else s * h - c * k * i
             beside.append(n * rows + dense)
         inside = Block(n * saved + merged, max(n * passing, *beside), gradients)
-        return [inside, Block(n * out, n * (s * h + (12 + (c if c == 2 else 0)) * k * h) if out else 0, 0)]
+        # Each row times its router weight, and the sum: in float32 where the router's weights are, else in their type.
+        wide = 3 * c if shape.model_type in _NARROW_ROUTING else 12 + (c if c == 2 else 0)
+        return [inside, Block(n * out, n * (s * h + wide * k * h) if out else 0, 0)]
 
     def leave(self, linears: list[LinearShape], input_bytes: int, passing: int) -> Block:
         """The last map of attention or MLP: its input per token, then residual (and dropout, and adapter layer)."""
@@ -360,6 +363,9 @@ def score_saved(shape: ModelShape, widths: Widths) -> int:
         return widths.compute
     return 4 + widths.compute
 
+
+# The router's weights in the type of the model; the others keep them in float32.
+_NARROW_ROUTING = ("qwen2_moe", "qwen3_moe")
 
 # Softmax in the type of the scores; the others compute it in float32. Autocast does so for all.
 _NARROW_SOFTMAX = ("bert", "deberta-v2", "distilbert", "falcon", "gpt2", "modernbert", "roberta", "t5")

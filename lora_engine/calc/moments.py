@@ -131,7 +131,7 @@ def _forward_passing(shape: ModelShape, step: Step) -> int:
     if not step.eager:
         return step.tokens * mlp
     # The masked scores, their float32 copy and softmax's result; the mask; q, and k and v for every head.
-    scores = shape.num_heads * step.seq_length * (8 if c == 4 else 8 + c) + c * step.seq_length
+    scores = shape.num_heads * step.seq_length * (8 if s == 4 else 8 + c) + s * step.seq_length
     return step.tokens * max(mlp, scores + h * (2 * s + c) + 3 * c * shape.query_width)
 
 
