@@ -1,6 +1,6 @@
 """The settings of the loop, as widgets, and the run configs they make."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from formatting import format_bytes, format_duration
 from state import Settings
 
 from lora_engine.assets_path import absolute_model
-from lora_engine.config import DEVICES, TRAINABLE_PRECISIONS, RunConfig, TrainConfig
+from lora_engine.config import DEVICES, PRECISIONS, RunConfig, TrainConfig
 from lora_engine.errors import InputError
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)
@@ -29,13 +29,8 @@ class Loop:
     prompt: str = ""
 
 
-def precision_of(settings: Settings) -> str:
-    """The sidebar's precision where one can train in it."""
-    return settings.precision if settings.precision in TRAINABLE_PRECISIONS else FALLBACK_PRECISION
-
-
-def run_config(settings: Settings, chosen: Chosen, loop: Loop) -> RunConfig:
-    """The run that these settings describe. Raises ConfigError."""
+def run_config(settings: Settings, chosen: Chosen, loop: Loop, *, precisions: Sequence[str] = PRECISIONS) -> RunConfig:
+    """The run that these settings describe, in one of `precisions`. Raises ConfigError."""
     return RunConfig(
         model=absolute_model(settings.model),
         data=chosen.config(),
@@ -47,7 +42,7 @@ def run_config(settings: Settings, chosen: Chosen, loop: Loop) -> RunConfig:
             device=loop.device,
             batch_size=settings.batch_size,
             max_length=settings.seq_length,
-            precision=precision_of(settings),
+            precision=settings.precision if settings.precision in precisions else FALLBACK_PRECISION,
             optimizer=settings.optimizer if settings.optimizer in ("adamw", "sgd") else "adamw",
             checkpointing=settings.checkpointing,
             accumulation=settings.accumulation,
@@ -77,10 +72,12 @@ def loop_form() -> Loop:
     return Loop(lr=float(lr), steps=int(steps), seed=int(seed), device=str(device or "auto"), prompt=prompt)
 
 
-def show_notes(settings: Settings) -> None:
+def show_notes(settings: Settings, *, precisions: Sequence[str] = PRECISIONS) -> None:
     """What of the sidebar a run cannot follow."""
-    if settings.precision not in TRAINABLE_PRECISIONS:
-        st.caption(f":material/info: {settings.precision} is for predictions; this run trains in {FALLBACK_PRECISION}.")
+    if settings.precision not in precisions:
+        st.caption(
+            f":material/info: Not every method trains in {settings.precision}: these run in {FALLBACK_PRECISION}."
+        )
     if settings.optimizer not in ("adamw", "sgd"):
         st.caption(f":material/info: {settings.optimizer} is for predictions; this run uses adamw.")
     if settings.adapter_dtype != "fp32":

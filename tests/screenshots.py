@@ -1,6 +1,6 @@
 """make screenshots: every page, desktop and phone width, light and dark, into assets/screenshots/.
 
-Uses real runs: one fine-tune and one sweep on a bundled dataset, in a home of their own (or in the
+Uses real runs: one fine-tune, one sweep and one comparison on a bundled dataset, in a home of their own (or in the
 one given as the first argument, which keeps them for the next time)."""
 
 import io
@@ -14,6 +14,7 @@ from playwright.sync_api import Page
 
 from lora_engine.assets_path import asset_path
 from lora_engine.cli import main as command_line
+from lora_engine.comparisons import is_comparison
 from lora_engine.runs import Ledger
 
 OUT = Path(__file__).resolve().parents[1] / "assets" / "screenshots"
@@ -22,16 +23,22 @@ SCHEMES = ("light", "dark")
 LONGEST = 5000
 
 
-def prepare(home: Path) -> tuple[str, str]:
-    """(run id, sweep id) to show; made when the home has none."""
+def prepare(home: Path) -> tuple[str, str, str]:
+    """(run id, sweep id, comparison id) to show; made when the home has none."""
     ledger = Ledger(home)
     data = ["--data", str(asset_path("datasets/customer_support.jsonl")), "--home", str(home)]
-    if not ledger.list_sweeps():
+
+    def grids(comparison: bool) -> list[str]:
+        return [sweep.id for sweep in ledger.list_sweeps() if is_comparison(sweep) == comparison]
+
+    if not grids(comparison=True):
+        command_line(["compare", *data, "--steps", "40"])
+    if not grids(comparison=False):
         command_line(["sweep", *data, "--steps", "40"])
     if all(run.sweep_id for run in ledger.list_runs()):
         command_line(["train", *data, "--r", "8", "--alpha", "16", "--steps", "60"])
     run = next(run for run in ledger.list_runs() if run.sweep_id is None)
-    return run.id, ledger.list_sweeps()[0].id
+    return run.id, grids(comparison=False)[0], grids(comparison=True)[0]
 
 
 def shoot(page: Page, path: Path) -> None:
@@ -54,10 +61,10 @@ def shoot(page: Page, path: Path) -> None:
 
 def main(home: Path) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    run_id, sweep_id = prepare(home)
+    run_id, sweep_id, comparison_id = prepare(home)
     pages = {
         "explore": "", "finetune": f"finetune?run={run_id}", "sweep": f"sweep?sweep={sweep_id}", "runs": "runs",
-        "accuracy": "accuracy",
+        "compare": f"compare?comparison={comparison_id}", "accuracy": "accuracy",
     }  # fmt: skip
     with dashboard(home) as url, chromium() as browser:
         for device, (width, height) in WIDTHS.items():

@@ -16,7 +16,7 @@ from loop_form import Loop, predict, run_config, show_notes
 from widgets import explain
 
 from lora_engine.comparisons import comparer, is_active, start_comparison
-from lora_engine.config import DEVICES, METHOD_CONFIGS, MethodConfig
+from lora_engine.config import DEVICES, METHOD_CONFIGS, TRAINABLE_PRECISIONS, MethodConfig
 from lora_engine.errors import InputError
 from lora_engine.sweeps.comparison import MATCHES, ComparisonSpec, count_runs
 from lora_engine.sweeps.sizes import plan_comparison
@@ -93,12 +93,13 @@ if chosen is not None and chosen.usable:
     device = right.segmented_control(
         "Device", DEVICES, default="auto", required=True, key="compare_device", persist_state="session"
     )
-    show_notes(settings)
+    show_notes(settings, precisions=TRAINABLE_PRECISIONS)
     if not (names and seeds):
         st.info("Choose at least one method and one seed.")
         st.stop()
     try:
-        base = run_config(settings, chosen, Loop(steps=int(steps), device=str(device)))
+        loop = Loop(steps=int(steps), device=str(device))
+        base = run_config(settings, chosen, loop, precisions=TRAINABLE_PRECISIONS)
         train = replace(base.train, eval_examples=EVAL_ROWS, eval_every=max(1, int(steps) // EVALS_A_RUN))
         spec = plan_comparison(
             replace(base, train=train),
