@@ -175,7 +175,7 @@ class _Layer:
             saved += c * (2 * kv if len(self.into_attention) > 1 else q + 2 * kv)
         more = self._prefix_saved() if self.after_qkv else 0
         beside = n * (s * h + c * (q + 2 * kv + h))
-        block = self._with_maps(self.into_attention, n * saved + more, n * passing, beside)
+        block = self._with_maps(self.into_attention, n * saved + more, n * passing, beside, flows=self.flows)
         gradients = block.gradients + 4 * self.trained.prefix * 2 * kv + (4 * 2 * kv if self.trained.scales else 0)
         if self.trained.full:
             gradients += step.widths.weight * sum(norm.num_parameters for norm in heads)
@@ -208,7 +208,7 @@ class _Layer:
         # By the turn of these maps, what the activation kept is gone.
         kept = saved if self.inside_mlp else 0
         beside = n * (s * h + c * (i * (2 if shape.gated else 1) + h) - kept)
-        return self._with_maps(self.into_mlp, n * saved, n * passing, beside)
+        return self._with_maps(self.into_mlp, n * saved, n * passing, beside, flows=self.before_mlp)
 
     def routed(self) -> list[Block]:
         """The experts of a layer that has them (transformers' grouped products): every token's rows are gathered, once
@@ -265,10 +265,12 @@ class _Layer:
             saved += step.widths.compute * (h + 2 * m)
             gradients = 4 * (2 * h * m + m + h)
         elif self.trained.scales and linears is self.out_of_mlp:
-            saved += step.widths.compute * self.inner
+            shared = self.inside_mlp and self.shape.activation == "relu" and not self.shape.gated
+            saved += 0 if shared else step.widths.compute * self.inner
             gradients = 4 * self.inner
         passing *= step.tokens * step.widths.compute
-        block = self._with_maps(linears, step.tokens * saved, passing, passing)
+        flows = self.inside_mlp if linears is self.out_of_mlp else self.after_qkv
+        block = self._with_maps(linears, step.tokens * saved, passing, passing, flows=flows)
         copies = 2 * 2 * h * m if step.widths.compute == 2 else 0
         return Block(block.saved + copies, block.passing, block.gradients + gradients)
 
@@ -285,10 +287,11 @@ class _Layer:
             return self.step.widths.compute * self.inner
         return 0
 
-    def _with_maps(self, linears: list[LinearShape], saved: int, passing: int, beside: int) -> Block:
+    def _with_maps(self, linears: list[LinearShape], saved: int, passing: int, beside: int, *, flows: bool) -> Block:
         """Adds what the maps themselves keep: x A^T, half-precision copies of adapters and of float32 weights.
 
-        A gradient or a copy the size of a weight comes and goes `beside` what the maps' own backward holds."""
+        A gradient or a copy the size of a weight comes and goes `beside` what the maps' own backward holds. `flows`:
+        the maps' input needs a gradient."""
         widths, trained = self.step.widths, self.trained
         gradients, dense = 0, 0
         for x in linears:
@@ -306,7 +309,7 @@ class _Layer:
                     size += x.out_features
                     dense = max(dense, 4 * n if widths.weight < 4 else 0)  # W in float32, for the norm of each output
                 gradients += trained.adapter_width * size
-            if widths.mixed and (self.flows or trained.trains(x) or self.after_qkv):
+            if widths.mixed and (flows or trained.trains(x)):
                 saved += widths.compute * n  # autocast's copy, kept for the gradient of the input
             dense = max(dense, self.step.unpacked(n))
             if trained.full:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lora_engine.calc.blocks import Block, Step, layer_blocks, norm_passing, norm_saved
+from lora_engine.calc.blocks import Block, Step, layer_blocks, norm_passing, norm_saved, score_saved
 from lora_engine.calc.plans import Plan, edges
 from lora_engine.calc.structure import ModelShape, Part
 
@@ -67,7 +67,7 @@ def moments(
         )  # masks, which every layer is given
     inputs = tokens * widths.stream * shape.hidden_size if checkpointing else 0
     # A layer's first norm keeps the layer's input, which checkpointing has kept already, unless it is a float32 copy.
-    shared = inputs if shape.norm_kind == "layer" or widths.stream == 4 else 0
+    shared = inputs if shape.is_decoder and (shape.norm_kind == "layer" or widths.stream == 4) else 0
     kept = sum(run.count * (inputs or run.saved) for run in runs)
     flows = any(run.saved or run.gradients for run in runs) or plan.full
     outside, tail_passing, outer_gradients = _outside(shape, plan, step, rows, flows)
@@ -102,8 +102,10 @@ def moments(
     if head_gradient:
         logits = c * vocab * rows + capped
         passing = rows * widths.compute * shape.hidden_size + (held and head_gradient) - (held and waiting)
-        # A float32 gradient is made in half precision first; the weight's own copy is gone by then.
-        yield moment("head", head_gradient, kept + outside, logits, copy + passing)
+        if copied:  # a float32 gradient is made in half precision first; logits and the weight's copy are gone then
+            yield moment("head", head_gradient, kept + outside, 0, copy + passing)
+        else:
+            yield moment("head", head_gradient, kept + outside, logits, passing)
         done += head_gradient
     yield moment("backward", done, kept + outside, 0, tail_passing)
     for run in reversed(runs):
@@ -111,6 +113,11 @@ def moments(
         for place in {run.count - 1, 0}:
             before = done + run.gradients * (run.count - 1 - place)
             below = kept + place * (inputs or run.saved) + inputs - shared
+            if checkpointing:  # the layer's inside is made once more: its last sums stand beside all that it keeps
+                last_sums = (3 if widths.mixed else 2) * widths.stream * shape.hidden_size + c * (
+                    shape.hidden_size + shape.intermediate_size
+                )
+                yield moment("backward", before, below + run.saved, 0, tokens * last_sums)
             yield from _backward(run, moment, before, below)
         done += run.gradients * run.count
     if plan.full:
@@ -131,7 +138,9 @@ def _forward_passing(shape: ModelShape, step: Step) -> int:
     if not step.eager:
         return step.tokens * mlp
     # The masked scores, their float32 copy and softmax's result; the mask; q, and k and v for every head.
-    scores = shape.num_heads * step.seq_length * (8 if s == 4 else 8 + c) + s * step.seq_length
+    kept = score_saved(shape, step.widths)
+    per_score = 2 * c if kept == c == 2 else 8 if s == 4 else 8 + c
+    scores = shape.num_heads * step.seq_length * per_score + s * step.seq_length
     return step.tokens * max(mlp, scores + h * (2 * s + c) + 3 * c * shape.query_width)
 
 

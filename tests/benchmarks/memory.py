@@ -199,7 +199,7 @@ def _same_moment(row: dict[str, Any]) -> bool:
 def run_formula(count: int = 300) -> dict[str, Any]:
     """The formula against the tracer: spread over all, by family and by method, per-term table, and every row."""
     began = time.perf_counter()
-    rows = [compare(case) for case in random_cases(count, seed=7)]
+    rows = [compare(case) for case in random_cases(count, seed=9)]
 
     def by(key: Any) -> dict[str, Any]:
         names = sorted({key(row) for row in rows})
