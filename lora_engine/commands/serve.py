@@ -10,7 +10,7 @@ from lora_engine.assets_path import app_path
 from lora_engine.errors import ConfigError, RunFailedError
 
 # What the first page imports and the server itself does not, slowest first.
-PAGE_IMPORTS = ("pandas", "plotly.graph_objects")
+PAGE_IMPORTS = ("pandas", "plotly.graph_objects", "lora_engine.runs")
 # About what the server needs to answer; too long or too short costs a little time and nothing else.
 SERVER_START_SECONDS = 0.3
 
