@@ -116,6 +116,9 @@ class _Layer:
         self.before_mlp = flows if shape.parallel else after_attention
         self.inside_mlp = self.before_mlp or any(map(trained.trains, self.into_mlp))
 
+        # ReLU keeps its result, which is what the map that leaves the MLP reads.
+        self.shares_result = self.inside_mlp and shape.activation == "relu" and not shape.gated
+
     def blocks(self) -> list[Block]:
         shape, step = self.shape, self.step
         c, s, h = step.widths.compute, step.widths.stream, shape.hidden_size
@@ -206,8 +209,7 @@ class _Layer:
             saved = c * i * (3 if shape.gated else _ACTIVATION_SAVES.get(shape.activation, 1))
             passing = s * h + c * i * (3 if shape.gated else _ACTIVATION_PASSES.get(shape.activation, 2))
         # By the turn of these maps, what the activation kept is gone.
-        kept = saved if self.inside_mlp else 0
-        beside = n * (s * h + c * (i * (2 if shape.gated else 1) + h) - kept)
+        beside = n * (s * h + c * (i * (2 if shape.gated else 1) + h) - saved)
         return self._with_maps(self.into_mlp, n * saved, n * passing, beside, flows=self.before_mlp)
 
     def routed(self) -> list[Block]:
@@ -235,13 +237,10 @@ class _Layer:
             if trained.full:
                 gradients += step.widths.weight * x.num_parameters
             else:
+                values = trained.ranks[x.name] * x.num_experts * (x.in_features + x.out_features)
                 merged += c * size  # W + s B A, formed anew in every pass and kept for the way back
-                if step.widths.mixed:  # autocast's copies of the factors
-                    values = trained.ranks[x.name] * x.num_experts * (x.in_features + x.out_features)
-                    merged += step.widths.compute * values
-                gradients += (
-                    trained.adapter_width * trained.ranks[x.name] * x.num_experts * (x.in_features + x.out_features)
-                )
+                merged += step.widths.compute * values if step.widths.mixed else 0  # autocast's copies of the factors
+                gradients += trained.adapter_width * values
             dense = c * size + (4 * size if c < 4 and not trained.full else 0)
             # By the turn of gate and up, what the activation kept is gone.
             rows = s * h + c * k * (h + i) if x.in_features == i else s * h - c * k * i
@@ -265,8 +264,7 @@ class _Layer:
             saved += step.widths.compute * (h + 2 * m)
             gradients = 4 * (2 * h * m + m + h)
         elif self.trained.scales and linears is self.out_of_mlp:
-            shared = self.inside_mlp and self.shape.activation == "relu" and not self.shape.gated
-            saved += 0 if shared else step.widths.compute * self.inner
+            saved += 0 if self.shares_result else step.widths.compute * self.inner
             gradients = 4 * self.inner
         passing *= step.tokens * step.widths.compute
         flows = self.inside_mlp if linears is self.out_of_mlp else self.after_qkv
@@ -282,8 +280,7 @@ class _Layer:
         return 0
 
     def _down_input(self) -> int:
-        shared = self.inside_mlp and self.shape.activation == "relu" and not self.shape.gated
-        if any(map(self.trained.trains, self.out_of_mlp)) and not shared:
+        if any(map(self.trained.trains, self.out_of_mlp)) and not self.shares_result:
             return self.step.widths.compute * self.inner
         return 0
 

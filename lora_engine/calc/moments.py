@@ -18,8 +18,8 @@ FORWARD_PASSES = {"gelu_new": 4, "gelu_fast": 4}
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes alive beside weights, adapters and optimizer state. `name`: "loss", "head", "backward", "embedding" or
-    "optimizer"."""
+    """Bytes alive beside weights, adapters and optimizer state. `name`: "forward", "loss", "head",
+    "backward", "embedding" or "optimizer"."""
 
     name: str
     gradients: int
@@ -94,7 +94,7 @@ def moments(
         # Logits of every token were made and the labelled ones picked: their gradient goes back into the room of all.
         picked = c * vocab * rows + capped + 2 * every
         yield moment("loss", 0, kept + outside, picked, copy if flows else 0)
-    head_gradient = (widths.weight if plan.full else 4) * _head_parameters(shape) if plan.full or plan.head else 0
+    head_gradient = plan.width * _head_parameters(shape) if plan.full or plan.head else 0
     # A tied head's gradient waits for the embedding's, also where gradients of earlier micro-batches are held.
     waiting = head_gradient if plan.full and shape.tied else 0
     always += waiting if held else 0
