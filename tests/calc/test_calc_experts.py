@@ -23,7 +23,7 @@ from real_models import (
 )
 
 from lora_engine import calc
-from lora_engine.calc.families.moe import PEFT_TURNS_ALL_LINEAR
+from lora_engine.calc.experts import OLD_NAMES
 from lora_engine.errors import ModelConfigError, UnknownArchitectureError
 
 KV = {"num_key_value_heads": 2}
@@ -40,7 +40,7 @@ def test_experts_are_said_to_be_out_of_reach_and_what_is_active():
     assert shape.notes == (
         "The 4 experts of a layer, in every layer, are the 3-D parameters mlp.experts.gate_up_proj and "
         "mlp.experts.down_proj, no linear modules: target_modules does not reach them, target_parameters does. "
-        "PEFT 0.21 turns all-linear into both for this family, router included; this count does not.",
+        "PEFT 0.21 turns all-linear into both for this family, router included, and so does this count.",
         f"A token passes 2 of 4 experts: {shape.active_parameters:,} of {shape.total_parameters:,} parameters "
         "are active.",
     )
@@ -92,7 +92,7 @@ def all_linear(shape):
 def test_all_linear_is_pefts_where_it_leaves_experts_out(model_type, facts):
     names, parameters = with_peft(real_model(model_type, facts))
     shape = calc.shape_from_config(facts | {"model_type": model_type}, "test")
-    assert parameters == (model_type in PEFT_TURNS_ALL_LINEAR)
+    assert parameters == (model_type in OLD_NAMES)
     if not parameters:
         assert all_linear(shape) == names
     assert shape.moe is None or ("PEFT 0.21 turns" in shape.notes[0]) == parameters

@@ -7,9 +7,9 @@ configuration_<family>.py for what an absent key means.
 from collections.abc import Callable
 from dataclasses import replace
 
+from lora_engine.calc.experts import OLD_NAMES
 from lora_engine.calc.facts import Facts
 from lora_engine.calc.families import decoders, encoders, llama, moe
-from lora_engine.calc.families.moe import PEFT_TURNS_ALL_LINEAR
 from lora_engine.calc.families.t5 import t5
 from lora_engine.calc.structure import ModelShape
 from lora_engine.errors import ModelConfigError, UnknownArchitectureError
@@ -116,8 +116,8 @@ def _moe_notes(shape: ModelShape) -> tuple[str, ...]:
     where = f"{len(found.layers)} of {shape.num_layers} layers" if found.dense_intermediate_size else "every layer"
     shared = " and the shared expert" if found.shared_intermediate_size else ""
     turned = (
-        " PEFT 0.21 turns all-linear into both for this family, router included; this count does not."
-        if shape.model_type in PEFT_TURNS_ALL_LINEAR
+        " PEFT 0.21 turns all-linear into both for this family, router included, and so does this count."
+        if shape.model_type in OLD_NAMES
         else ""
     )
     return (

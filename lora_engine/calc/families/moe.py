@@ -10,10 +10,6 @@ from lora_engine.calc.families.llama import Mlp, gated_mlp, layer_norms, llama_l
 from lora_engine.calc.parts import Parts, common_fields, sizes_of
 from lora_engine.calc.structure import LatentAttention, ModelShape, MoeShape
 
-# Of these, transformers 4 had linears where 5 has 3-D parameters; PEFT (0.21, transformers_weight_conversion)
-# turns the old names and all-linear into target_parameters: router, gate_up_proj (at twice the rank), down_proj.
-PEFT_TURNS_ALL_LINEAR = frozenset({"deepseek_v2", "deepseek_v3", "mixtral", "olmoe", "qwen3_moe"})
-
 
 def _experts(parts: Parts, prefix: str, h: int, moe: MoeShape, *, router_linear: bool = False, **more: bool) -> None:
     """The router and the two 3-D parameters, in the layers that `moe` names."""
