@@ -46,15 +46,21 @@ def choose_model() -> tuple[str, str]:
 
 
 def _own_config() -> None:
-    with st.expander("Your own config.json"):
-        st.html(HIDE_INSTRUCTIONS)
-        st.file_uploader(
-            "Drop a model's config.json, or choose it", type=["json"], key=state.CONFIG_UPLOAD, on_change=take_config
-        )
-        st.caption(
-            f"At most {MAX_CONFIG_BYTES / 1e6:.0f} MB. It stays on this machine. "
-            "A folder or file that is here already: type its path above."
-        )
+    # Drawn when it is opened: the first page need not wait for the browser to load an uploader that few use.
+    fold = st.expander("Your own config.json", key="own_config", on_change="rerun")
+    if fold.open:
+        with fold:
+            st.html(HIDE_INSTRUCTIONS)
+            st.file_uploader(
+                "Drop a model's config.json, or choose it",
+                type=["json"],
+                key=state.CONFIG_UPLOAD,
+                on_change=take_config,
+            )
+            st.caption(
+                f"At most {MAX_CONFIG_BYTES / 1e6:.0f} MB. It stays on this machine. "
+                "A folder or file that is here already: type its path above."
+            )
     if st.session_state.get(state.CONFIG_ERROR):
         st.error(st.session_state[state.CONFIG_ERROR])
 
