@@ -13,21 +13,9 @@ keeps more: 36 + 4 kappa + 10 iota.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lora_engine.calc.attention import attention_saved, scores_of
+from lora_engine.calc.step import Step, Widths
 from lora_engine.calc.structure import LinearShape, ModelShape, OtherShape, Part
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Bytes per value: `weight` as stored, `compute` inside matrix products, `stream` between layers
-    (float32 under autocast, where every half-precision product starts with a copy of its input)."""
-
-    weight: int
-    compute: int
-    stream: int
-
-    @property
-    def mixed(self) -> bool:
-        return self.compute != self.stream
 
 
 @dataclass(frozen=True)
@@ -60,27 +48,6 @@ class Trained:
         return self.full or linear.name in self.ranks
 
 
-# Packed weights are unpacked piece by piece; on the CPU in smaller pieces.
-UNPACKED_AT_ONCE = 2**22
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a training step is made of, as far as bytes go."""
-
-    widths: Widths
-    tokens: int
-    seq_length: int
-    eager: bool
-    unpacking: int = 0  # bytes a value while packed weights are unpacked; 0: they are not packed
-
-    def unpacked(self, num_values: int) -> int:
-        """Bytes that a packed weight of so many values takes while it is used."""
-        if not self.unpacking:
-            return 0
-        return self.widths.compute * num_values + self.unpacking * min(num_values, UNPACKED_AT_ONCE)
-
-
 @dataclass(frozen=True)
 class Block:
     """A stretch of a layer, in bytes: `saved` until its backward; `passing`, what its backward holds at most beside
@@ -92,7 +59,9 @@ class Block:
 
 
 def layer_blocks(shape: ModelShape, index: int, trained: Trained, flows: bool, step: Step) -> list[Block]:
-    """The blocks of layer `index` in the order of the forward pass; `flows`: its input needs a gradient."""
+    """The blocks of layer `index` in the order of the forward pass; `flows`: its input needs a gradient.
+
+    Where norms come last, the first block is what the layer's maps keep of its input."""
     return _Layer(shape, index, trained, flows, step).blocks()
 
 
@@ -111,9 +80,10 @@ class _Layer:
         self.out_of_mlp = [x for x in self.linears if x.group == "mlp" and x.name not in fed]
         self.inner = sum(x.in_features for x in self.out_of_mlp)
         self.after_qkv = flows or any(map(trained.trains, self.into_attention)) or trained.in_attention
+        self.scores = scores_of(shape, step)
         houlsby = trained.bottleneck > 0 and trained.houlsby
-        after_attention = self.after_qkv or any(map(trained.trains, self.out_of_attention)) or houlsby
-        self.before_mlp = flows if shape.parallel else after_attention
+        self.after_attention = self.after_qkv or any(map(trained.trains, self.out_of_attention)) or houlsby
+        self.before_mlp = flows if shape.parallel else self.after_attention
         self.inside_mlp = self.before_mlp or any(map(trained.trains, self.into_mlp))
 
         # ReLU keeps its result, which is what the map that leaves the MLP reads.
@@ -128,29 +98,37 @@ class _Layer:
         before = [x for x in self.norms if x.num_groups == 1 and set(x.feeds) & attention_names]
         heads = [x for x in self.norms if x.num_groups > 1]
         after = [x for x in self.norms if x.num_groups == 1 and x not in before]
-        for norm in before:
-            blocks.append(self.norm(norm, self.flows))
+        if shape.post_norm:
+            blocks.append(Block(step.tokens * sum(map(self._read, before)), 0, 0))
+        for norm in before if not shape.post_norm else ():
+            blocks.append(self.norm(norm, self.flows, self._read(norm)))
             kept_input = self.flows
         blocks.append(self.attention(heads))
         blocks.append(self.leave(self.out_of_attention, self._attention_output(), h + shape.query_width))
         for norm in after:
             needs = self.before_mlp and not (shape.parallel and kept_input)
             # A norm behind the MLP (Gemma 2's) has its turn before it, which makes no difference to the peak.
-            blocks.append(self.norm(norm, needs))
+            blocks.append(self.norm(norm, needs, self._read(norm)))
         blocks += self.routed()
         blocks.append(self.mlp())
         beside = s * h // c + self.inner * (3 if self.trained.scales else 1) if self.inside_mlp else 0
         blocks.append(self.leave(self.out_of_mlp, self._down_input(), beside))
+        if shape.post_norm:  # what this norm gives, the next layer reads
+            needs = self.after_attention or self.inside_mlp or any(map(self.trained.trains, self.out_of_mlp))
+            blocks += [self.norm(norm, needs, 0) for norm in before]
+            return blocks
         return [block for block in blocks if block.saved or block.passing or block.gradients]
 
-    def norm(self, norm: OtherShape, needs: bool) -> Block:
-        """Reads `norm.width` values; what follows reads its output."""
+    def _read(self, norm: OtherShape) -> int:
+        """Bytes per token that the trained maps behind `norm` keep of its output: one tensor for all, under autocast
+        one copy for each."""
+        readers = sum(x.name in norm.feeds and self.trained.trains(x) for x in self.linears)
+        return self.step.widths.compute * norm.width * (readers if self.step.widths.mixed else min(readers, 1))
+
+    def norm(self, norm: OtherShape, needs: bool, read: int) -> Block:
+        """Reads `norm.width` values; what follows keeps `read` bytes per token of its output."""
         shape, step, trained = self.shape, self.step, self.trained
-        saved = norm_saved(shape, norm, trained.full, needs, step.widths)
-        readers = sum(x.name in norm.feeds and trained.trains(x) for x in self.linears)
-        if readers:
-            # The input of the trained maps that follow: one tensor for all, under autocast one copy for each.
-            saved += step.widths.compute * norm.width * (readers if step.widths.mixed else 1)
+        saved = norm_saved(shape, norm, trained.full, needs, step.widths) + read
         passing = norm_passing(shape, norm, trained.full, step.widths) if needs else 0
         if needs and not step.widths.mixed and step.widths.compute == 2:
             passing += step.widths.stream * norm.width  # the residual's gradient waits in its own type
@@ -168,11 +146,8 @@ class _Layer:
         if self.after_qkv:
             saved += attention_saved(shape, step)
             passing = s * h + c * (2 * q + 2 * kv)
-            if step.eager:
-                # The gradients at softmax's output and input; the product's copy of the output is gone by then.
-                kept = score_saved(shape, step.widths)
-                wide = min(kept, 4)
-                passing = s * h - c * q + shape.num_heads * step.seq_length * (2 * wide - (kept - wide))
+            if self.scores is not None:
+                passing = s * h + self.scores.passing(q, shape.num_heads * step.seq_length)
         if self.trained.scales:
             # What the scales multiply: keys and values, or all that a fused map returns.
             saved += c * (2 * kv if len(self.into_attention) > 1 else q + 2 * kv)
@@ -190,9 +165,9 @@ class _Layer:
         if not length:
             return 0
         c, batch = step.widths.compute, step.tokens // step.seq_length
-        if step.eager:
-            per_score = score_saved(shape, step.widths)
-            return batch * length * (c * 2 * shape.query_width + shape.num_heads * step.seq_length * per_score)
+        if self.scores is not None:
+            per_score = shape.num_heads * step.seq_length * self.scores.saved
+            return batch * length * (self.scores.width * 2 * shape.query_width + per_score)
         # They are copies; where a map gives q, k and v at once, q is a view that keeps all of it.
         views = 0 if shape.fused_qkv and not shape.rotary else shape.kv_width
         repeated = c * 2 * (shape.query_width - views) * step.tokens
@@ -254,10 +229,10 @@ class _Layer:
         """The last map of attention or MLP: its input per token, then residual (and dropout, and adapter layer)."""
         step, h = self.step, self.shape.hidden_size
         saved = input_bytes
-        if self.flows and linears:
-            # Dropout keeps a mask of one byte a value (CUDA; the CPU keeps it in the values' own type).
-            saved += self.shape.num_dropouts * h // 2
         behind = self.trained.houlsby or linears is self.out_of_mlp
+        below = self.inside_mlp if linears is self.out_of_mlp else self.after_qkv
+        if linears and (below or any(map(self.trained.trains, linears))):
+            saved += step.dropout_mask(step.widths.compute) * self.shape.num_dropouts * h // 2
         m = self.trained.bottleneck if behind else 0
         gradients = 0
         if m:
@@ -267,14 +242,13 @@ class _Layer:
             saved += 0 if self.shares_result else step.widths.compute * self.inner
             gradients = 4 * self.inner
         passing *= step.tokens * step.widths.compute
-        flows = self.inside_mlp if linears is self.out_of_mlp else self.after_qkv
-        block = self._with_maps(linears, step.tokens * saved, passing, passing, flows=flows)
+        block = self._with_maps(linears, step.tokens * saved, passing, passing, flows=below)
         copies = 2 * 2 * h * m if step.widths.compute == 2 else 0
         return Block(block.saved + copies, block.passing, block.gradients + gradients)
 
     def _attention_output(self) -> int:
         """The output projection's input; otherwise sdpa has kept it as its own output."""
-        copied = self.step.eager or not self.after_qkv or self.shape.model_type in _COPIED_OUTPUT
+        copied = self.scores is not None or not self.after_qkv or self.shape.model_type in _COPIED_OUTPUT
         if copied and any(map(self.trained.trains, self.out_of_attention)):
             return self.step.widths.compute * self.shape.query_width
         return 0
@@ -341,34 +315,8 @@ def _normalised(shape: ModelShape, widths: Widths) -> int:
     return 4 if shape.model_type.startswith("gemma") else widths.stream
 
 
-def attention_saved(shape: ModelShape, step: Step) -> int:
-    """Bytes per token that the products of attention keep."""
-    q, kv, c = shape.query_width, shape.kv_width, step.widths.compute
-    if shape.model_type == "falcon" and 1 < shape.num_kv_heads < shape.num_heads:
-        kv = q  # Falcon's grouped heads are broadcast to full width before attention
-    if step.eager:
-        # k and v repeated to every head or put in order; the scores come on top.
-        return c * 3 * q + shape.num_heads * step.seq_length * (
-            score_saved(shape, step.widths) + (c if shape.softcap else 0)
-        )
-    # Rotated q and k are new tensors; v stays a view, so a fused map's whole output stays with it.
-    fused = (q + kv) if shape.fused_qkv and shape.rotary else 0
-    # scaled_dot_product_attention keeps q, k, v, its output and a float32 logsumexp per head.
-    return c * (q + 2 * kv + fused + q) + 4 * shape.num_heads
-
-
-def score_saved(shape: ModelShape, widths: Widths) -> int:
-    """Bytes that eager attention keeps of one score: softmax's result, and the copy that the product reads."""
-    if widths.compute == 4 or (shape.model_type in _NARROW_SOFTMAX and not widths.mixed):
-        return widths.compute
-    return 4 + widths.compute
-
-
 # The router's weights in the type of the model; the others keep them in float32.
 _NARROW_ROUTING = ("qwen2_moe", "qwen3_moe")
-
-# Softmax in the type of the scores; the others compute it in float32. Autocast does so for all.
-_NARROW_SOFTMAX = ("bert", "deberta-v2", "distilbert", "falcon", "gpt2", "modernbert", "roberta", "t5")
 
 # Partial rotary positions put q together anew, head by head; sdpa answers in that layout, and the output
 # projection reads a copy in its own.

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from lora_engine.calc.blocks import Step, Widths
 from lora_engine.calc.moments import moments
 from lora_engine.calc.params import lora_file_bytes, trained_lora_parameters
 from lora_engine.calc.plans import make_plan, optimizer_bytes
+from lora_engine.calc.step import Step, Widths
 from lora_engine.calc.structure import ModelShape
 from lora_engine.calc.targets import select_linears
 from lora_engine.config import OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS, FullConfig, LoraConfig, MethodConfig
@@ -20,6 +20,7 @@ from lora_engine.errors import ConfigError, NotMergeableError
 
 TERMS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
 ATTENTIONS = ("sdpa", "eager")
+KERNELS = ("cuda", "cpu")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # Bytes a value beside the unpacked weight itself, for pieces of UNPACKED_AT_ONCE values (methods.quantized).
@@ -74,6 +75,7 @@ class Settings:
     labelled_share: float = 1.0
     accumulation: int = 1
     adapter_dtype: str = "fp32"
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
         for argument, value, allowed in (
@@ -81,6 +83,7 @@ class Settings:
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("attention", self.attention, ATTENTIONS),
             ("adapter_dtype", self.adapter_dtype, tuple(ADAPTER_WIDTHS)),
+            ("device", self.device, KERNELS),
         ):
             if value not in allowed:
                 raise ConfigError(argument, value, f"one of {', '.join(allowed)}")
@@ -102,6 +105,7 @@ def estimate_memory(shape: ModelShape, method: MethodConfig, **settings: Any) ->
     Exact: weights, adapter, gradients, optimizer. Derived: activations (see `blocks`), logits, and overhead (what
     lives for a moment). LoRA as this engine trains it: adapters, their gradients and optimizer states in
     `adapter_dtype` on any base. Our loop takes logits on labelled rows only; `labelled_share` 1 is every row.
+    `device` says whose kernels run, which keep dropout's masks, and attention with dropout, each in their own way.
 
     `low_bytes` and `high_bytes` put UNCERTAINTY_PERCENT around the derived terms.
 
@@ -125,6 +129,7 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
         settings.seq_length,
         settings.attention == "eager" or shape.softcap,
         UNPACKING.get(settings.precision, 0),
+        settings.device,
     )
     highest = max(
         moments(

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lora_engine.calc.blocks import Block, Step, layer_blocks, norm_passing, norm_saved, score_saved
+from lora_engine.calc.attention import scores_of
+from lora_engine.calc.blocks import Block, layer_blocks, norm_passing, norm_saved
 from lora_engine.calc.plans import Plan, edges
+from lora_engine.calc.step import Step
 from lora_engine.calc.structure import ModelShape, Part
 
 # Tensors of the MLP's width that its activation has at once on the way up.
@@ -38,6 +40,7 @@ class _Run:
 
     blocks: tuple[Block, ...]
     count: int
+    keeps_inner: bool  # whether the map that leaves the MLP is trained, and so keeps its input
 
     @property
     def saved(self) -> int:
@@ -68,7 +71,8 @@ def moments(
     inputs = tokens * widths.stream * shape.hidden_size if checkpointing else 0
     # A layer's first norm keeps the layer's input, which checkpointing has kept already, unless it is a float32 copy.
     shared = inputs if shape.is_decoder and (shape.norm_kind == "layer" or widths.stream == 4) else 0
-    kept = sum(run.count * (inputs or run.saved) for run in runs)
+    under = _under_layers(shape, step) if plan.full or checkpointing else 0
+    kept = under + sum(run.count * (inputs or run.saved) for run in runs)
     flows = any(run.saved or run.gradients for run in runs) or plan.full
     outside, tail_passing, outer_gradients = _outside(shape, plan, step, rows, flows)
 
@@ -112,11 +116,13 @@ def moments(
         kept -= run.count * (inputs or run.saved)
         for place in {run.count - 1, 0}:
             before = done + run.gradients * (run.count - 1 - place)
+            if shape.post_norm and not widths.mixed:  # its maps read the input itself
+                shared = inputs and run.blocks[0].saved
             below = kept + place * (inputs or run.saved) + inputs - shared
             if checkpointing:  # the layer's inside is made once more: its last sums stand beside all that it keeps
-                last_sums = (3 if widths.mixed else 2) * widths.stream * shape.hidden_size + c * (
-                    shape.hidden_size + shape.intermediate_size
-                )
+                last_sums = (3 if widths.mixed else 2) * widths.stream * shape.hidden_size
+                if not (shape.post_norm and run.keeps_inner):
+                    last_sums += c * (shape.hidden_size + shape.intermediate_size)
                 yield moment("backward", before, below + run.saved, 0, tokens * last_sums)
             yield from _backward(run, moment, before, below)
         done += run.gradients * run.count
@@ -135,13 +141,16 @@ def _forward_passing(shape: ModelShape, step: Step) -> int:
     c, s, h = step.widths.compute, step.widths.stream, shape.hidden_size
     inner = c * shape.intermediate_size * (3 if shape.gated else FORWARD_PASSES.get(shape.activation, 2))
     mlp = h * (3 * s + c) + inner
-    if not step.eager:
+    scores = scores_of(shape, step)
+    if scores is None:
         return step.tokens * mlp
-    # The masked scores, their float32 copy and softmax's result; the mask; q, and k and v for every head.
-    kept = score_saved(shape, step.widths)
-    per_score = 2 * c if kept == c == 2 else 8 if s == 4 else 8 + c
-    scores = shape.num_heads * step.seq_length * per_score + s * step.seq_length
-    return step.tokens * max(mlp, scores + h * (2 * s + c) + 3 * c * shape.query_width)
+    # q, and k and v for every head; inside sdpa q scaled, and all three in float32.
+    products = 3 * c + (0 if step.eager else 4 if c == 4 else 12)
+    # The embedding's output, the residual, and the norm's output where the norm comes first.
+    held = 2 * s if shape.post_norm else 2 * s + c
+    # The scores, and the mask.
+    made = shape.num_heads * step.seq_length * scores.forward + (s * step.seq_length if step.eager else 0)
+    return step.tokens * max(mlp, made + h * held + products * shape.query_width)
 
 
 def _backward(run: _Run, moment: Callable[..., Moment], done: int, below: int) -> Iterator[Moment]:
@@ -169,7 +178,8 @@ def layer_runs(shape: ModelShape, plan: Plan, step: Step, checkpointing: bool) -
     runs: list[_Run] = []
     for start, stop in pairwise(sorted(cuts)):
         trained = plan.layer(start)
-        runs.append(_Run(tuple(layer_blocks(shape, start, trained, flows, step)), stop - start))
+        keeps_inner = any(trained.trains(x) for x in shape.linears if x.per_layer and x.group == "mlp")
+        runs.append(_Run(tuple(layer_blocks(shape, start, trained, flows, step)), stop - start, keeps_inner))
         flows = flows or trained.anything
     return runs
 
@@ -178,11 +188,26 @@ def _head_parameters(shape: ModelShape) -> int:
     return next((x.in_features * x.out_features for x in shape.linears if x.name == shape.output_head), 0)
 
 
+def _is_under_layers(part: Part) -> bool:
+    return "embeddings" in part.name or part.name.endswith("embeddings_layernorm")
+
+
+def _under_layers(shape: ModelShape, step: Step) -> int:
+    """Bytes kept below the first layer, where the embedding's output needs a gradient: a norm's and dropout's."""
+    widths = step.widths
+    norms = [part for part in shape.others if part.kind == "norm" and not part.per_layer and _is_under_layers(part)]
+    saved = sum(norm_saved(shape, norm, False, True, widths) for norm in norms)
+    return step.tokens * (saved + shape.embedding_dropout * step.dropout_mask(widths.stream) * shape.hidden_size)
+
+
 def _outside(shape: ModelShape, plan: Plan, step: Step, rows: int, flows: bool) -> tuple[int, int, int]:
     """(saved, passing at the last norm, gradients) of what stands outside the layers, in bytes."""
     widths, saved, passing, gradients = step.widths, 0, 0, 0
     for part in shape.others:
         if part.kind != "norm" or part.per_layer:
+            continue
+        if _is_under_layers(part):
+            gradients += widths.weight * part.num_parameters if plan.full else 0
             continue
         saved += step.tokens * norm_saved(shape, part, plan.full, flows, widths)
         passing = max(passing, step.tokens * norm_passing(shape, part, plan.full, widths))

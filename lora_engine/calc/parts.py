@@ -109,7 +109,10 @@ def common_fields(
     head_dim: int,
     inner: int,
     positions: int,
+    *,
+    attention_dropout: tuple[str, float] = ("attention_dropout", 0.0),
 ) -> dict[str, Any]:
+    """What every shape says; `attention_dropout`: the config's word for it, and the rate where it is absent."""
     h, layers, heads, vocab = sizes
     return {
         "name": facts.name,
@@ -123,4 +126,5 @@ def common_fields(
         "head_dim": head_dim,
         "intermediate_size": inner,
         "max_positions": facts.size("max_position_embeddings", "n_positions", default=positions, high=MAX_VOCAB),
+        "attention_dropout": facts.rate(*attention_dropout) > 0,
     }

@@ -149,7 +149,10 @@ class ModelShape:
     fused_qkv: bool
     rotary: bool
     parallel: bool = False
+    post_norm: bool = False  # norms follow the residual sums, so a layer's output is its last norm's
     num_dropouts: int = 0  # over the residual stream, in each layer
+    attention_dropout: bool = False  # over the softmax of the scores
+    embedding_dropout: bool = False
     softcap: bool = False  # scores and logits pass through a tanh, which scaled_dot_product_attention cannot do
     experts: tuple[ExpertShape, ...] = ()
     experts_per_token: int = 0

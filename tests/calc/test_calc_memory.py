@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from lora_engine import calc
 from lora_engine.assets_path import asset_path
-from lora_engine.calc.blocks import Step
+from lora_engine.calc.step import Step
 from lora_engine.calc.memory import TERMS, UNCERTAINTY_PERCENT, WIDTHS
 from lora_engine.calc.moments import moments
 from lora_engine.calc.plans import make_plan

@@ -69,6 +69,7 @@ def phi(facts: Facts) -> ModelShape:
         rotary=True,
         parallel=True,
         num_dropouts=2 if facts.rate("resid_pdrop", 0.0) else 0,
+        embedding_dropout=facts.rate("embd_pdrop", 0.0) > 0,
     )
 
 
@@ -90,7 +91,7 @@ def gpt2(facts: Facts) -> ModelShape:
     parts.outer_norm("transformer.ln_f", h)
     parts.outer("lm_head", h, vocab, "head", tied=tied)
     return ModelShape(
-        **common_fields(facts, "GPT2LMHeadModel", (h, layers, heads, vocab), heads, d, inner, 1024),
+        **common_fields(facts, "GPT2LMHeadModel", (h, layers, heads, vocab), heads, d, inner, 1024, attention_dropout=("attn_pdrop", 0.1)),
         tied=tied,
         **parts.fields(),
         layer_path="transformer.h",
@@ -101,6 +102,7 @@ def gpt2(facts: Facts) -> ModelShape:
         fused_qkv=True,
         rotary=False,
         num_dropouts=2 if facts.rate("resid_pdrop", 0.1) else 0,
+        embedding_dropout=facts.rate("embd_pdrop", 0.1) > 0,
     )
 
 
@@ -132,6 +134,7 @@ def gpt_neox(facts: Facts) -> ModelShape:
         rotary=True,
         parallel=facts.flag("use_parallel_residual", True),
         num_dropouts=2 if facts.rate("hidden_dropout", 0.0) else 0,
+        embedding_dropout=facts.rate("hidden_dropout", 0.0) > 0,
     )
 
 
@@ -238,7 +241,7 @@ def gptj(facts: Facts) -> ModelShape:
     parts.outer_norm("transformer.ln_f", h)
     parts.outer("lm_head", h, vocab, "head", bias=True, tied=tied)
     return ModelShape(
-        **common_fields(facts, "GPTJForCausalLM", sizes, heads, d, inner, 2048),
+        **common_fields(facts, "GPTJForCausalLM", sizes, heads, d, inner, 2048, attention_dropout=("attn_pdrop", 0.0)),
         tied=tied,
         **parts.fields(),
         layer_path="transformer.h",
@@ -250,6 +253,7 @@ def gptj(facts: Facts) -> ModelShape:
         rotary=True,
         parallel=True,
         num_dropouts=2 if facts.rate("resid_pdrop", 0.0) else 0,
+        embedding_dropout=facts.rate("embd_pdrop", 0.0) > 0,
     )
 
 
@@ -286,6 +290,7 @@ def gpt_neo(facts: Facts) -> ModelShape:
         fused_qkv=False,
         rotary=False,
         num_dropouts=2 if facts.rate("resid_dropout", 0.0) else 0,
+        embedding_dropout=facts.rate("embed_dropout", 0.0) > 0,
     )
 
 

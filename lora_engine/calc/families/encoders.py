@@ -20,6 +20,9 @@ def num_labels(facts: Facts) -> int:
     return facts.size("num_labels", default=len(labels) if isinstance(labels, dict) and labels else 2)
 
 
+# BERT's word for dropout over attention, and its rate where it is absent.
+_DROPPED = ("attention_probs_dropout_prob", 0.1)
+
 _TITLES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
 
@@ -46,7 +49,7 @@ def bert(facts: Facts) -> ModelShape:
     _bert_layers(parts, h, inner, ("query", "key", "value"))
     head = _bert_head(parts, facts, family, task, (h, vocab), root, tied)
     return ModelShape(
-        **common_fields(facts, title + (task or "Model"), sizes, heads, d, inner, 512),
+        **common_fields(facts, title + (task or "Model"), sizes, heads, d, inner, 512, attention_dropout=_DROPPED),
         tied=tied,
         **parts.fields(),
         layer_path=f"{root}encoder.layer",
@@ -57,6 +60,8 @@ def bert(facts: Facts) -> ModelShape:
         fused_qkv=False,
         rotary=False,
         num_dropouts=2 if facts.rate("hidden_dropout_prob", 0.1) else 0,
+        embedding_dropout=facts.rate("hidden_dropout_prob", 0.1) > 0,
+        post_norm=True,
     )
 
 
@@ -139,7 +144,7 @@ def distilbert(facts: Facts) -> ModelShape:
             parts.outer("pre_classifier", h, h, "projection", bias=True)
         parts.outer("classifier", h, num_labels(facts), "projection", bias=True)
     return ModelShape(
-        **common_fields(facts, "DistilBert" + (task or "Model"), (h, layers, heads, vocab), heads, d, inner, 512),
+        **common_fields(facts, "DistilBert" + (task or "Model"), (h, layers, heads, vocab), heads, d, inner, 512, attention_dropout=("attention_dropout", 0.1)),
         tied=tied,
         **parts.fields(),
         layer_path=f"{root}transformer.layer",
@@ -150,6 +155,8 @@ def distilbert(facts: Facts) -> ModelShape:
         fused_qkv=False,
         rotary=False,
         num_dropouts=1 if facts.rate("dropout", 0.1) else 0,
+        embedding_dropout=facts.rate("dropout", 0.1) > 0,
+        post_norm=True,
     )
 
 
@@ -185,7 +192,7 @@ def deberta(facts: Facts) -> ModelShape:
             parts.outer("pooler.dense", h, h, "projection", bias=True)
         parts.outer("classifier", h, num_labels(facts), "projection", bias=True)
     return ModelShape(
-        **common_fields(facts, "DebertaV2" + (task or "Model"), sizes, heads, d, inner, 512),
+        **common_fields(facts, "DebertaV2" + (task or "Model"), sizes, heads, d, inner, 512, attention_dropout=_DROPPED),
         tied=tied,
         **parts.fields(),
         layer_path=f"{root}encoder.layer",
@@ -196,6 +203,8 @@ def deberta(facts: Facts) -> ModelShape:
         fused_qkv=False,
         rotary=False,
         num_dropouts=2 if facts.rate("hidden_dropout_prob", 0.1) else 0,
+        embedding_dropout=facts.rate("hidden_dropout_prob", 0.1) > 0,
+        post_norm=True,
     )
 
 
@@ -263,4 +272,5 @@ def modernbert(facts: Facts) -> ModelShape:
         gated=True,
         fused_qkv=True,
         rotary=True,
+        embedding_dropout=facts.rate("embedding_dropout", 0.0) > 0,
     )

@@ -36,7 +36,7 @@ def t5(facts: Facts) -> ModelShape:
         "The checkpoint may hold a head of its own; transformers 5 ties it to the embedding, and so it is counted.",
     )
     return ModelShape(
-        **common_fields(facts, architecture, (h, layers, heads, vocab), heads, d, inner, 512),
+        **common_fields(facts, architecture, (h, layers, heads, vocab), heads, d, inner, 512, attention_dropout=("dropout_rate", 0.1)),
         tied=not bare,
         **parts.fields(),
         layer_path="encoder.block",
@@ -47,6 +47,7 @@ def t5(facts: Facts) -> ModelShape:
         fused_qkv=False,
         rotary=False,
         num_dropouts=2 if facts.rate("dropout_rate", 0.1) else 0,
+        embedding_dropout=facts.rate("dropout_rate", 0.1) > 0,
         notes=notes if untied else (),
     )
 
