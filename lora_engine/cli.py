@@ -127,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     step.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     step.add_argument("--checkpointing", action="store_true")
     step.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    step.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="whose kernels")
 
     sub = add("memory", "estimate memory for training and inference", method, step)
     sub.add_argument("model", nargs="?", default="embedded")

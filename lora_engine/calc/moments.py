@@ -120,7 +120,7 @@ def moments(
                 shared = inputs and run.blocks[0].saved
             below = kept + place * (inputs or run.saved) + inputs - shared
             if checkpointing:  # the layer's inside is made once more: its last sums stand beside all that it keeps
-                last_sums = (3 if widths.mixed else 2) * widths.stream * shape.hidden_size
+                last_sums = (2 + widths.mixed + shape.post_norm) * widths.stream * shape.hidden_size
                 if not (shape.post_norm and run.keeps_inner):
                     last_sums += c * (shape.hidden_size + shape.intermediate_size)
                 yield moment("backward", before, below + run.saved, 0, tokens * last_sums)

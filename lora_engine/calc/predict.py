@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_engine.calc.devices import kernels_of
 from lora_engine.calc.memory import estimate_memory
 from lora_engine.calc.params import TASK_HEADS, adapter_file_bytes, count_parameters
 from lora_engine.calc.shapes import load_shape
@@ -37,7 +38,8 @@ def with_task_head(shape: ModelShape) -> ModelShape:
 
 def predict_run(config: RunConfig, rows: RowFacts | None = None) -> dict[str, Any]:
     """Counts and bytes for `config`: `trainable_parameters, total_parameters, peak_bytes, low_bytes,
-    high_bytes, terms, adapter_bytes`. Without `rows`, every row fills max_length and is trained on.
+    high_bytes, terms, adapter_bytes`. Without `rows`, every row fills max_length and is trained on. Bytes are those of
+    the kernels that the run will use on this machine.
 
     Raises ModelConfigError, TargetError, and ConfigError for rows longer than the model's context."""
     shape = load_shape(config.model)
@@ -60,6 +62,7 @@ def predict_run(config: RunConfig, rows: RowFacts | None = None) -> dict[str, An
         checkpointing=config.train.checkpointing,
         accumulation=config.train.accumulation,
         labelled_share=1.0 if rows is None else min(1.0, rows.trained_tokens / longest),
+        device=kernels_of(config.train.device),
     )
     return {
         "trainable_parameters": count.trainable_parameters,

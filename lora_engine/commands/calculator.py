@@ -63,7 +63,7 @@ def memory(arguments: argparse.Namespace) -> Output:
         "accumulation": arguments.accumulation,
         "adapter_dtype": arguments.adapter_dtype,
     }
-    estimate = estimate_memory(shape, method, **settings)
+    estimate = estimate_memory(shape, method, **settings, device=arguments.device)
     gpus = fit_gpus(shape, method, **settings)
     payload = {
         "model": shape.name,

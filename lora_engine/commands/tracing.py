@@ -20,6 +20,7 @@ def trace(arguments: argparse.Namespace) -> Output:
         optimizer=arguments.optimizer,
         checkpointing=arguments.checkpointing,
         accumulation=arguments.accumulation,
+        device=arguments.device,
     )
     # What libraries say while they trace is nobody's answer.
     os.environ.setdefault("TORCH_LOGS", "-all")
@@ -30,6 +31,8 @@ def trace(arguments: argparse.Namespace) -> Output:
     print("Tracing a step on tensors without contents ...", file=sys.stderr)
     traced = trace_memory(config, method, train, attention=arguments.attention)
     seconds = time.perf_counter() - began
+    note = "Traced on fake tensors with the CPU's kernels"
+    note += "." if arguments.device == "cpu" else "; dropout and attention as CUDA has them."
     payload = {
         "model": arguments.model,
         "total_parameters": traced.total_parameters,
@@ -39,7 +42,7 @@ def trace(arguments: argparse.Namespace) -> Output:
         "peak_phase": traced.peak_phase,
         "phases": {phase: sum(terms.values()) for phase, terms in traced.phases.items()},
         "seconds": seconds,
-        "notes": ["Traced on fake tensors with the CPU's kernels; dropout and attention as CUDA has them."],
+        "notes": [note],
     }
     lines = [
         f"{arguments.model}: {bytes_text(traced.peak_bytes)} at the peak ({traced.peak_phase}; traced in "

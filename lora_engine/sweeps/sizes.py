@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from lora_engine.calc import ModelShape, count_parameters, estimate_memory, estimate_step_flops
+from lora_engine.calc.devices import kernels_of
 from lora_engine.calc.predict import with_task_head
 from lora_engine.config import (
     BottleneckConfig,
@@ -106,6 +107,7 @@ def _cost_of(match: str, base: RunConfig, shape: ModelShape) -> Cost:
             seq_length=train.max_length,
             optimizer=train.optimizer,
             checkpointing=train.checkpointing,
+            device=kernels_of(train.device),
         ).peak_bytes
     )
 

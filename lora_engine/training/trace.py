@@ -2,7 +2,8 @@
 once on fake tensors (torch._subclasses.fake_tensor), which have shapes and storages and no contents. Nothing is
 allocated, so a model of any size can be traced on any machine.
 
-Kernels are the CPU's. `lora_engine.calc.memory` answers at once and is held against this.
+Kernels are the CPU's, with what CUDA's keep put in their place unless the CPU is asked for.
+`lora_engine.calc.memory` answers at once and is held against this.
 """
 
 import contextlib
@@ -184,6 +185,7 @@ def trace_step(
 ) -> TracedMemory:
     """The second step of training `config`'s model with `method`: `train.batch_size` sequences of `train.max_length`
     tokens, of which `labelled_share` carry labels. Weights are never read, so `config` may describe any size.
+    `train.device` "cpu" is traced as the CPU does it, anything else with the tensors that CUDA's kernels keep.
 
     Raises TargetError, ConfigError, and ModelLoadError for a config that transformers cannot build."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -198,7 +200,7 @@ def trace_step(
             quantize_model(model, train.precision)
     inject(model, method)
     _make_fake(model, fake)
-    with fake, _plain_transformers():
+    with fake, _plain_transformers(), contextlib.nullcontext() if train.device == "cpu" else _cuda_kernels():
         phases = _trace(model, train, labelled_share, torch.device(device))
     return TracedMemory(phases, total, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
@@ -258,13 +260,20 @@ def _attention_without_dropout(*args: Any, **kwargs: Any) -> Tensor:
 @contextlib.contextmanager
 def _plain_transformers() -> Iterator[None]:
     """Where transformers or torch would ask a fake tensor what it cannot say: a batch of ours is never packed, which
-    transformers finds out by reading positions; and products of grouped experts go through a stand-in. And where the
-    CPU's kernels keep other tensors than CUDA's."""
+    transformers finds out by reading positions; and products of grouped experts go through a stand-in."""
+    with (
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
+        mock.patch.object(moe, "_grouped_mm", _grouped_mm),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _cuda_kernels() -> Iterator[None]:
+    """Where the CPU's kernels keep other tensors than CUDA's."""
     with (
         mock.patch.object(nn.functional, "dropout", _dropout),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention_without_dropout),
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
-        mock.patch.object(moe, "_grouped_mm", _grouped_mm),
         mock.patch.object(nn.functional, "softmax", _softmax),
     ):
         yield

@@ -13,10 +13,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from lora_engine import calc
 from lora_engine.assets_path import asset_path
-from lora_engine.calc.step import Step
 from lora_engine.calc.memory import TERMS, UNCERTAINTY_PERCENT, WIDTHS
 from lora_engine.calc.moments import moments
 from lora_engine.calc.plans import make_plan
+from lora_engine.calc.step import Step
 from lora_engine.config import OPTIMIZERS, PRECISIONS, TRAINABLE_PRECISIONS, FullConfig, LoraConfig
 from lora_engine.errors import ConfigError
 from lora_engine.methods import full, lora

@@ -91,7 +91,16 @@ def gpt2(facts: Facts) -> ModelShape:
     parts.outer_norm("transformer.ln_f", h)
     parts.outer("lm_head", h, vocab, "head", tied=tied)
     return ModelShape(
-        **common_fields(facts, "GPT2LMHeadModel", (h, layers, heads, vocab), heads, d, inner, 1024, attention_dropout=("attn_pdrop", 0.1)),
+        **common_fields(
+            facts,
+            "GPT2LMHeadModel",
+            (h, layers, heads, vocab),
+            heads,
+            d,
+            inner,
+            1024,
+            attention_dropout=("attn_pdrop", 0.1),
+        ),
         tied=tied,
         **parts.fields(),
         layer_path="transformer.h",

@@ -144,7 +144,16 @@ def distilbert(facts: Facts) -> ModelShape:
             parts.outer("pre_classifier", h, h, "projection", bias=True)
         parts.outer("classifier", h, num_labels(facts), "projection", bias=True)
     return ModelShape(
-        **common_fields(facts, "DistilBert" + (task or "Model"), (h, layers, heads, vocab), heads, d, inner, 512, attention_dropout=("attention_dropout", 0.1)),
+        **common_fields(
+            facts,
+            "DistilBert" + (task or "Model"),
+            (h, layers, heads, vocab),
+            heads,
+            d,
+            inner,
+            512,
+            attention_dropout=("attention_dropout", 0.1),
+        ),
         tied=tied,
         **parts.fields(),
         layer_path=f"{root}transformer.layer",
@@ -192,7 +201,9 @@ def deberta(facts: Facts) -> ModelShape:
             parts.outer("pooler.dense", h, h, "projection", bias=True)
         parts.outer("classifier", h, num_labels(facts), "projection", bias=True)
     return ModelShape(
-        **common_fields(facts, "DebertaV2" + (task or "Model"), sizes, heads, d, inner, 512, attention_dropout=_DROPPED),
+        **common_fields(
+            facts, "DebertaV2" + (task or "Model"), sizes, heads, d, inner, 512, attention_dropout=_DROPPED
+        ),
         tied=tied,
         **parts.fields(),
         layer_path=f"{root}encoder.layer",

@@ -36,7 +36,16 @@ def t5(facts: Facts) -> ModelShape:
         "The checkpoint may hold a head of its own; transformers 5 ties it to the embedding, and so it is counted.",
     )
     return ModelShape(
-        **common_fields(facts, architecture, (h, layers, heads, vocab), heads, d, inner, 512, attention_dropout=("dropout_rate", 0.1)),
+        **common_fields(
+            facts,
+            architecture,
+            (h, layers, heads, vocab),
+            heads,
+            d,
+            inner,
+            512,
+            attention_dropout=("dropout_rate", 0.1),
+        ),
         tied=not bare,
         **parts.fields(),
         layer_path="encoder.block",
