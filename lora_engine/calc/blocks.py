@@ -231,9 +231,9 @@ class _Layer:
         saved = input_bytes
         behind = self.trained.houlsby or linears is self.out_of_mlp
         below = self.inside_mlp if linears is self.out_of_mlp else self.after_qkv
-        if linears and (below or any(map(self.trained.trains, linears))):
-            saved += step.dropout_mask(step.widths.compute) * self.shape.num_dropouts * h // 2
         m = self.trained.bottleneck if behind else 0
+        if linears and (below or m or any(map(self.trained.trains, linears))):
+            saved += step.dropout_mask(step.widths.compute) * self.shape.num_dropouts * h // 2
         gradients = 0
         if m:
             saved += step.widths.compute * (h + 2 * m)
