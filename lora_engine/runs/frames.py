@@ -43,6 +43,7 @@ RUN_COLUMNS = {
     "lr": "float64",
     "seed": "int64",
     "steps": "int64",  # planned
+    "last_step": "float64",  # done so far
     "batch_size": "int64",  # sequences an optimizer step, accumulation included
     "max_length": "int64",
     "precision": "str",
@@ -50,12 +51,21 @@ RUN_COLUMNS = {
     "trainable_parameters": "float64",
     "eval_loss_before": "float64",
     "eval_loss_after": "float64",
-    "seconds": "float64",  # spent in steps
+    "last_eval_step": "float64",  # the latest evaluation, of a run that is not over too
+    "last_eval_loss": "float64",
+    "seconds": "float64",  # spent in steps; of a run that shared its passes, an equal share of them
     "wall_seconds": "float64",  # from its first start to its end
     "tokens_per_second": "float64",
-    "peak_bytes": "float64",  # measured
+    "started_seconds": "float64",  # epoch seconds of its first start
+    "finished_seconds": "float64",
+    "peak_bytes": "float64",  # measured; of a run that shared its passes, one step of it alone
     "predicted_peak_bytes": "float64",
     "adapter_bytes": "float64",
+    "pack_size": "float64",  # how many runs shared each forward and backward pass; NaN: it had them to itself
+    "pack_seconds": "float64",  # of the whole pack, in steps
+    "pack_peak_bytes": "float64",  # measured, of the whole pack
+    "dropped_step": "float64",  # where early exit stopped it
+    "dropped_loss": "float64",  # its evaluation loss there
     "created": "datetime64[us, UTC]",
 }
 
@@ -89,8 +99,12 @@ def evals_frame(ledger: Ledger, run_ids: Sequence[str]) -> pd.DataFrame:
 
 def runs_frame(ledger: Ledger, sweep_id: str | None = None) -> pd.DataFrame:
     """One row a run (RUN_COLUMNS), oldest first, so that a sweep's rows are in grid order; unknown is NaN."""
-    records = reversed(ledger.list_runs(sweep_id=sweep_id))
-    return _frame([_run_row(record) for record in records], RUN_COLUMNS)
+    return records_frame(ledger.list_runs(sweep_id=sweep_id))
+
+
+def records_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """`runs_frame` of records that were read already, newest first as `Ledger.list_runs` gives them."""
+    return _frame([_run_row(record) for record in reversed(records)], RUN_COLUMNS)
 
 
 def accuracy_frame(ledger: Ledger) -> pd.DataFrame:
@@ -121,6 +135,9 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
     data: Mapping[str, Any] = config.get("data") or {}
     result: Mapping[str, Any] = record.result or {}
     prediction: Mapping[str, Any] = record.prediction or {}
+    pack: Mapping[str, Any] = result.get("pack") or {}
+    # A run that was dropped and then resumed to its end keeps the mark of where it had been dropped.
+    dropped: Mapping[str, Any] = result.get("early_exit") or {}
     path = str(data.get("path") or "")
     targets = method.get("target_modules")
     wall = None
@@ -142,6 +159,7 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
         "lr": train.get("lr"),
         "seed": train.get("seed", 0),
         "steps": record.num_steps,
+        "last_step": record.last_step,
         "batch_size": train.get("batch_size", 1) * train.get("accumulation", 1),
         "max_length": train.get("max_length", 0),
         "precision": train.get("precision"),
@@ -149,12 +167,21 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
         "trainable_parameters": _first(result.get("trainable_parameters"), prediction.get("trainable_parameters")),
         "eval_loss_before": result.get("eval_loss_before"),
         "eval_loss_after": result.get("eval_loss_after"),
+        "last_eval_step": record.last_eval_step,
+        "last_eval_loss": record.last_eval_loss,
         "seconds": result.get("seconds"),
         "wall_seconds": wall,
+        "started_seconds": record.started_seconds,
+        "finished_seconds": record.finished_seconds,
         "tokens_per_second": result.get("tokens_per_second"),
         "peak_bytes": result.get("peak_bytes"),
         "predicted_peak_bytes": _first(result.get("predicted_peak_bytes"), prediction.get("peak_bytes")),
         "adapter_bytes": result.get("adapter_bytes"),
+        "pack_size": pack["size"] if pack.get("size", 1) > 1 else None,
+        "pack_seconds": pack.get("seconds"),
+        "pack_peak_bytes": pack.get("peak_bytes"),
+        "dropped_step": dropped.get("step"),
+        "dropped_loss": dropped.get("eval_loss"),
         "created": record.created_seconds,
     }
     return _row(values, RUN_COLUMNS)

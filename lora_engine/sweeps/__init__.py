@@ -3,7 +3,13 @@
 from lora_engine.sweeps.advice import Advice, advise, best_over, summarize_cells
 from lora_engine.sweeps.launch import cancel_sweep, resume_sweep, start_sweep
 from lora_engine.sweeps.spec import SweepSpec, expand_grid
-from lora_engine.sweeps.timing import Throughput, estimate_run_seconds, estimate_sweep_seconds, find_throughput
+from lora_engine.sweeps.timing import (
+    Throughput,
+    estimate_packed_seconds,
+    estimate_run_seconds,
+    estimate_sweep_seconds,
+    find_throughput,
+)
 
 __all__ = [
     "Advice",
@@ -12,6 +18,7 @@ __all__ = [
     "advise",
     "best_over",
     "cancel_sweep",
+    "estimate_packed_seconds",
     "estimate_run_seconds",
     "estimate_sweep_seconds",
     "expand_grid",

@@ -33,11 +33,9 @@ class Throughput:
 
 def find_throughput(config: RunConfig, frame: pd.DataFrame | None = None) -> Throughput:
     """Median over the latest done runs of `frame` (`runs_frame`): the same model, data and device if
-    there are any, else the same model and device, else the same device, else the stated default."""
-    done = _timed_runs(frame)
-    done = done[done["device"].map(lambda device: _same_device(config.train.device, device)).astype(bool)]
-    same_model = done[done["model"] == config.model]
-    same_data = same_model[same_model["data_path"] == config.data.path]
+    there are any, else the same model and device, else the same device, else the stated default.
+    Runs that shared their passes with others do not say how long one takes by itself."""
+    done, same_model, same_data = _alike(config, _timed_runs(frame, packed=False))
     choices = (
         (same_data, "of this model on this data"),
         (same_model, "of this model"),
@@ -81,11 +79,38 @@ def estimate_sweep_seconds(
     return repeats * sum(estimate_run_seconds(config, throughput=throughput) for config in configs)
 
 
-def _timed_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
+def estimate_packed_seconds(spec: SweepSpec, frame: pd.DataFrame | None = None) -> tuple[float, str] | None:
+    """(seconds, where from in words) for a sweep whose runs share passes, from earlier ones of this model that did;
+    None where there are none.
+
+    Each of them was given an equal share of its pack's seconds, so FLOPs over shares are those of the whole pack;
+    the seconds beside the steps are the sweep's, once."""
+    _, same_model, same_data = _alike(spec.base, _timed_runs(frame, packed=True))
+    for rows, words in ((same_data, "of this model on this data"), (same_model, "of this model")):
+        # Whole packs: the latest run and those that were created with it.
+        rows = rows[rows["sweep_id"] == rows["sweep_id"].iloc[-1]] if len(rows) else rows
+        if len(rows):
+            speed = sum(_flops_of_row(row) for row in rows.to_dict("records")) / float(rows["seconds"].sum())
+            beside = (rows["wall_seconds"] - rows["pack_seconds"]).clip(lower=0.0).median()
+            at_once = Throughput(speed, 0.0, len(rows), f"from {len(rows)} earlier runs {words} that shared passes")
+            seconds = estimate_sweep_seconds(spec, throughput=at_once)
+            return seconds + (float(beside) if pd.notna(beside) else DEFAULT_OVERHEAD_SECONDS), at_once.basis
+    return None
+
+
+def _alike(config: RunConfig, done: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Runs of the same device; of these the same model; of these the same data."""
+    done = done[done["device"].map(lambda device: _same_device(config.train.device, device)).astype(bool)]
+    same_model = done[done["model"] == config.model]
+    return done, same_model, same_model[same_model["data_path"] == config.data.path]
+
+
+def _timed_runs(frame: pd.DataFrame | None, *, packed: bool) -> pd.DataFrame:
     columns = ["model", "data_path", "device", "method", "r", "targets", "steps", "batch_size", "max_length"]
     if frame is None or frame.empty:
-        return pd.DataFrame({column: [] for column in [*columns, "seconds", "wall_seconds"]})
-    return frame[(frame["status"] == "done") & (frame["seconds"] > 0)]
+        return pd.DataFrame({column: [] for column in [*columns, "seconds", "wall_seconds", "sweep_id"]})
+    shared = frame["pack_size"].notna() if "pack_size" in frame.columns else pd.Series(False, index=frame.index)
+    return frame[(frame["status"] == "done") & (frame["seconds"] > 0) & (shared if packed else ~shared)]
 
 
 def _same_device(asked: str, used: object) -> bool:
