@@ -84,7 +84,7 @@ def progress_words(progress: Progress, doing: str, left: float | None) -> str:
         + (f" ({progress.dropped} stopped early)" if progress.dropped else ""),
     ]
     if progress.running > 1:
-        parts.append(f"{progress.running} at once")
+        parts.append(f"{progress.running} runs at once")
     parts.append(doing)
     if left is not None:
         parts.append(f"{format_duration(left)} left")

@@ -4,7 +4,8 @@
 "lora_alpha"))`. Cells are placed by their position on each axis, not by value, so that all are equally large."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -15,12 +16,14 @@ from charts.common import GREY, ORANGE, base_layout
 from charts.iso import draw_iso_lines
 
 Cells = dict[tuple[float, float], Any]
+Runs = Sequence[Any]  # rows of the frame, with dropped and steps_done
 
+HEIGHT = 190  # of what is around the cells
 FINAL, SO_FAR, DROPPED = "final", "so far", "dropped"
 OVER = ("done", "failed", "cancelled")
 COLUMNS = (
-    "r", "lora_alpha", "state", "eval_loss", "lr", "share", "dropped_step", "dropped_loss", "done", "running", "dropped",
-    "total",
+    "r", "lora_alpha", "state", "eval_loss", "lr", "share", "dropped_step", "dropped_loss",
+    "done", "running", "dropped", "total",
 )  # fmt: skip
 
 
@@ -33,24 +36,27 @@ def heatmap_table(frame: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     run's latest evaluation; else NaN. lr is where. share: of its steps that are done. dropped_step and dropped_loss
     are of the learning rate that went furthest. done, running, dropped and total count runs."""
     finals = {(row["r"], row["lora_alpha"]): row for row in best.to_dict("records")}
-    rows = []
-    for (r, alpha), runs in frame.groupby(["r", "lora_alpha"], sort=True):
+    rows = frame.assign(dropped=is_dropped(frame), steps_done=steps_done(frame)).to_dict("records")
+    # Plain loops: a grid has hundreds of runs, and pandas takes milliseconds for each small group.
+    cells: dict[tuple[float, float], list[Any]] = {}
+    for row in rows:
+        cells.setdefault((row["r"], row["lora_alpha"]), []).append(row)
+    table = []
+    for (r, alpha), runs in sorted(cells.items()):
         cell = {"r": r, "lora_alpha": alpha} | _counts(runs)
-        over = runs["status"].isin(OVER).all()
+        over = all(run["status"] in OVER for run in runs)
         if over and (r, alpha) in finals:
             found = finals[r, alpha]
             cell |= {"state": FINAL, "eval_loss": found["eval_loss"], "lr": found["lr"]}
-        elif over:
-            cell |= _gone(runs)
         else:
-            cell |= _so_far(runs)
-        rows.append(cell)
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+            cell |= _gone(runs) if over else _so_far(runs)
+        table.append(cell)
+    return pd.DataFrame(table, columns=list(COLUMNS))
 
 
 def is_dropped(frame: pd.DataFrame) -> "pd.Series[bool]":
     """Which runs early exit has stopped; one that was trained to its end afterwards is not among them."""
-    return (frame["status"] == "cancelled") & frame["dropped_step"].notna()
+    return (frame["status"] == "cancelled") & frame["early_exit_step"].notna()
 
 
 def steps_done(frame: pd.DataFrame) -> "pd.Series[float]":
@@ -58,49 +64,53 @@ def steps_done(frame: pd.DataFrame) -> "pd.Series[float]":
     return frame["last_step"].fillna(0.0).where(frame["status"] != "done", frame["steps"])
 
 
-def _counts(runs: pd.DataFrame) -> dict[str, Any]:
+def _counts(runs: Runs) -> dict[str, Any]:
     return {
-        "share": float(steps_done(runs).sum() / max(1, runs["steps"].sum())),
-        "done": int((runs["status"] == "done").sum()),
-        "running": int((runs["status"] == "running").sum()),
-        "dropped": int(is_dropped(runs).sum()),
+        "share": sum(run["steps_done"] for run in runs) / max(1, sum(run["steps"] for run in runs)),
+        "done": sum(run["status"] == "done" for run in runs),
+        "running": sum(run["status"] == "running" for run in runs),
+        "dropped": sum(run["dropped"] for run in runs),
         "total": len(runs),
     }
 
 
-def _gone(runs: pd.DataFrame) -> dict[str, Any]:
+def _gone(runs: Runs) -> dict[str, Any]:
     """A cell in which nothing more happens and nothing came out."""
-    dropped = runs[is_dropped(runs)]
-    if dropped.empty:
-        statuses = runs["status"].unique()
+    by_rate: dict[float, list[Any]] = {}
+    for run in runs:
+        if run["dropped"]:
+            by_rate.setdefault(run["lr"], []).append(run)
+    if not by_rate:
+        statuses = [run["status"] for run in runs]
         # Done and still no loss: it was not a number.
         return {"state": "diverged" if "done" in statuses else str(statuses[0])}
-    rates = dropped.groupby("lr")[["dropped_step", "dropped_loss"]].mean()
-    last = rates.sort_values(["dropped_step", "dropped_loss"], ascending=[False, True])
-    row = last.iloc[0]
-    return {
-        "state": DROPPED,
-        "lr": float(last.index[0]),
-        "dropped_step": row["dropped_step"],
-        "dropped_loss": row["dropped_loss"],
-    }
+    ends = [
+        (-fmean(run["early_exit_step"] for run in same), fmean(run["early_exit_loss"] for run in same), lr)
+        for lr, same in by_rate.items()
+    ]
+    step, loss, lr = min(ends)
+    return {"state": DROPPED, "lr": lr, "dropped_step": -step, "dropped_loss": loss}
 
 
-def _so_far(runs: pd.DataFrame) -> dict[str, Any]:
-    going = runs[~is_dropped(runs)]
-    latest = going["eval_loss_after"].where(
-        going["status"] == "done", going["last_eval_loss"].where(going["last_eval_step"] > 0)
-    )
-    means = latest.groupby(going["lr"]).mean().dropna()
-    if means.empty:
-        statuses = list(going["status"])
+def _so_far(runs: Runs) -> dict[str, Any]:
+    by_rate: dict[float, list[float]] = {}
+    for run in runs:
+        loss = run["eval_loss_after"] if run["status"] == "done" else run["last_eval_loss"]
+        begun = run["status"] == "done" or run["last_eval_step"] > 0  # step 0 is the base model's
+        if begun and math.isfinite(loss) and not run["dropped"]:
+            by_rate.setdefault(run["lr"], []).append(loss)
+    if not by_rate:
+        statuses = [run["status"] for run in runs]
         return {"state": next((s for s in ("running", "queued", "interrupted") if s in statuses), statuses[0])}
-    lr = means.idxmin()
-    return {"state": SO_FAR, "eval_loss": float(means[lr]), "lr": float(lr)}  # type: ignore[arg-type]
+    loss, lr = min((fmean(losses), lr) for lr, losses in by_rate.items())
+    return {"state": SO_FAR, "eval_loss": loss, "lr": lr}
 
 
-def plot_heatmap(table: pd.DataFrame, *, iso: pd.DataFrame | None = None, iso_word: str = "alpha / r") -> go.Figure:
-    """Loss over rank and alpha. Paler cells are not finished; `iso` (`iso_table`) are lines of equal scaling."""
+def plot_heatmap(
+    table: pd.DataFrame, *, iso: pd.DataFrame | None = None, iso_word: str = "alpha / r", ink: str | None = None
+) -> go.Figure:
+    """Loss over rank and alpha. Paler cells are not finished; `iso` (`iso_table`) are lines of equal scaling; `ink` is
+    the colour of text on pale cells."""
     ranks, alphas = sorted(set(table["r"])), sorted(set(table["lora_alpha"]))
     cells: Cells = {(row["r"], row["lora_alpha"]): row for row in table.to_dict("records")}
     known = [float(v) for v in table["eval_loss"].dropna()]
@@ -122,10 +132,10 @@ def plot_heatmap(table: pd.DataFrame, *, iso: pd.DataFrame | None = None, iso_wo
         )
     if iso is not None:
         draw_iso_lines(figure, iso, iso_word, len(ranks), len(alphas))
-    _texts(figure, ranks, alphas, cells, known, decimals)
+    _texts(figure, ranks, alphas, cells, decimals, ink)
     base_layout(
         figure,
-        height=180 + 54 * len(alphas),
+        height=HEIGHT + 54 * len(alphas),
         x="Rank (r)",
         y="Scaling (alpha)",
         showlegend=False,
@@ -134,13 +144,21 @@ def plot_heatmap(table: pd.DataFrame, *, iso: pd.DataFrame | None = None, iso_wo
             "cmin": min(known, default=0.0),
             "cmax": max(known, default=1.0),
             "showscale": bool(known),
-            "colorbar": {"title": {"text": "loss"}, "thickness": 12, "xpad": 10 if iso is None or iso.empty else 34},
+            # Below: on a narrow screen the cells need the width.
+            "colorbar": {
+                "title": {"text": "loss", "side": "right"},
+                "thickness": 10,
+                "orientation": "h",
+                "yref": "container",
+                "y": 0,
+                "yanchor": "bottom",
+            },
         },
     )
     figure.update_xaxes(**_category_axis(ranks))
     figure.update_yaxes(**_category_axis(alphas))
     if iso is not None and not iso.empty:
-        figure.update_layout(margin={"t": 34})
+        figure.update_layout(margin={"t": 34, "r": 34})
     return figure
 
 
@@ -167,35 +185,37 @@ def _category_axis(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _texts(
-    figure: go.Figure, ranks: list[float], alphas: list[float], cells: Cells, known: list[float], decimals: int
+    figure: go.Figure, ranks: list[float], alphas: list[float], cells: Cells, decimals: int, ink: str | None
 ) -> None:
     """What is written on the cells, a trace a colour, and what is said of each on hover."""
+    known = [cell["eval_loss"] for cell in cells.values() if cell["state"] in (FINAL, SO_FAR)]
     by_colour: dict[str | None, list[tuple[int, int, str, str]]] = {}
     for j, alpha in enumerate(alphas):
         for i, r in enumerate(ranks):
             cell = cells.get((r, alpha))
             if cell is not None:
                 place = (i, j, cell_text(cell, decimals), cell_hover(cell))
-                by_colour.setdefault(_text_colour(cell, known), []).append(place)
+                by_colour.setdefault(_text_colour(cell, known, ink), []).append(place)
     for colour, places in by_colour.items():
         figure.add_scatter(
             x=[i for i, _, _, _ in places],
             y=[j for _, j, _, _ in places],
             mode="text",
             text=[text for _, _, text, _ in places],
-            textfont={"color": colour} if colour else {},
+            textfont={"size": 11.5} | ({"color": colour} if colour else {}),
             customdata=[hover for _, _, _, hover in places],
             hovertemplate="%{customdata}<extra></extra>",
+            cliponaxis=False,
         )
 
 
-def _text_colour(cell: Any, known: Iterable[float]) -> str | None:
-    """White on the dark half of the scale, near-black on the light one; the theme's own on pale cells."""
+def _text_colour(cell: Any, known: Sequence[float], ink: str | None) -> str | None:
+    """White on the dark half of the scale, near-black on the light one; `ink` on pale cells."""
     if cell["state"] == FINAL:
         low, high = min(known), max(known)
         return "#FFFFFF" if high == low or (cell["eval_loss"] - low) / (high - low) < 0.55 else "#14181A"
     if cell["state"] == SO_FAR:
-        return None
+        return ink
     return ORANGE if cell["state"] == "running" else GREY
 
 
@@ -206,7 +226,7 @@ def cell_text(cell: Any, decimals: int) -> str:
     if cell["state"] == SO_FAR:
         return f"<i>{cell['eval_loss']:.{decimals}f}</i><br>{cell['share']:.0%}"
     if cell["state"] == DROPPED:
-        return f"✕ step {format_number(cell['dropped_step'])}"
+        return f"✕<br>step {format_number(cell['dropped_step'])}"
     if cell["state"] == "running":
         return f"running<br>{cell['share']:.0%}"
     return str(cell["state"])

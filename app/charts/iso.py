@@ -1,7 +1,7 @@
 """Lines of equal scaling over a map of rank and alpha: alpha / r, or alpha / sqrt(r) with rsLoRA."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -10,16 +10,16 @@ from formatting import format_ratio
 MOST_LINES = 10
 POWERS = {"alpha / r": 1.0, "alpha / √r": 0.5}
 # Half axes of the hole left around a cell's text, in cells.
-_HOLE = (0.33, 0.3)
+_HOLE = (0.3, 0.28)
 _SAMPLES = 48
 
 
-def iso_table(ranks: Sequence[float], alphas: Sequence[float], *, power: float) -> pd.DataFrame:
+def iso_table(ranks: Iterable[float], alphas: Iterable[float], *, power: float) -> pd.DataFrame:
     """Vertices of the lines alpha = scaling * r**power; columns scaling, x, y, r, lora_alpha, from left to right.
 
     x and y are places on the map: the i-th rank is at x = i, and between two ranks log r runs evenly. Drawn are the
     scalings that several cells share; where fewer than two are shared, the powers of two that cross the map."""
-    ranks, alphas = sorted(ranks), sorted(alphas)
+    ranks, alphas = sorted(set(ranks)), sorted(set(alphas))
     rows = []
     for scaling in _scalings(ranks, alphas, power):
         for x, y in _vertices(scaling, ranks, alphas, power):
@@ -81,14 +81,16 @@ def draw_iso_lines(figure: go.Figure, iso: pd.DataFrame, word: str, num_ranks: i
     """Dotted lines that leave the middle of each cell free, each with its value where it leaves the map."""
     for scaling, line in iso.groupby("scaling", sort=True):
         xs, ys = _with_holes(list(line["x"]), list(line["y"]), num_ranks, num_alphas)
-        figure.add_scatter(
-            x=xs,
-            y=ys,
-            mode="lines",
-            line={"color": "#9A9A9A", "width": 1.6, "dash": "dot"},
-            hoverinfo="skip",
-            name=f"{word} = {format_ratio(float(scaling))}",  # type: ignore[arg-type]
-        )
+        # White on a dark edge: to be seen on every colour of the map and on both themes.
+        for colour, width in (("rgba(20,24,26,0.6)", 3.0), ("#FFFFFF", 1.4)):
+            figure.add_scatter(
+                x=xs,
+                y=ys,
+                mode="lines",
+                line={"color": colour, "width": width, "dash": "3px,3px"},
+                hoverinfo="skip",
+                name=f"{word} = {format_ratio(float(scaling))}",  # type: ignore[arg-type]
+            )
         x, y = line["x"].iloc[-1], line["y"].iloc[-1]
         at_top = y >= num_alphas - 0.5 - 1e-6
         figure.add_annotation(

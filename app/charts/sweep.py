@@ -12,12 +12,10 @@ from formatting import byte_unit, format_bytes, format_integer, format_loss, for
 from charts.common import BLUE, GREY, GREY_BLUE, ORANGE, base_layout, empty_figure, faded, rank_axis
 
 WAITING = "The first finished run starts this chart."
-DECADE = 8  # from this ratio on, small differences can only be seen on a log axis
+WIDE_RATIO = 4  # from this ratio on, small differences can only be seen on a log axis
 
 
-def plot_loss_by_rank(
-    best: pd.DataFrame, *, recommended: int | None = None, rate: float | None = None
-) -> go.Figure:
+def plot_loss_by_rank(best: pd.DataFrame, *, recommended: int | None = None, rate: float | None = None) -> go.Figure:
     """Evaluation loss against rank, best over alpha and learning rate (over alpha alone at a fixed `rate`), band over
     seeds."""
     if best.empty:
@@ -139,6 +137,7 @@ def cost_by_rank_table(frame: pd.DataFrame) -> pd.DataFrame:
     """For each rank: r, seconds, seconds_low, seconds_high, peak_bytes, predicted_peak_bytes, pack_peak_bytes, runs,
     shared (how many of the runs shared their passes with others; their seconds are equal shares)."""
     done = frame[(frame["status"] == "done") & frame["seconds"].notna()]
+    done = done.assign(shared=done["pack_size"] > 1)
     return (
         done.groupby("r", as_index=False)
         .agg(
@@ -148,7 +147,7 @@ def cost_by_rank_table(frame: pd.DataFrame) -> pd.DataFrame:
             peak_bytes=("peak_bytes", "max"),
             predicted_peak_bytes=("predicted_peak_bytes", "max"),
             pack_peak_bytes=("pack_peak_bytes", "max"),
-            shared=("pack_size", "count"),
+            shared=("shared", "sum"),
             runs=("seconds", "size"),
         )
         .sort_values("r", ignore_index=True)
@@ -218,7 +217,7 @@ def plot_memory_by_rank(table: pd.DataFrame) -> go.Figure:
             )
     base_layout(figure, height=300, x="Rank (r)", y=f"Peak memory ({unit})")
     known = [float(v) for trace in figure.data for v in trace.y if v == v]
-    if known and max(known) > DECADE * min(known):
+    if known and max(known) > WIDE_RATIO * min(known):
         figure.update_yaxes(type="log", **decade_ticks(min(known), max(known)))
     else:
         figure.update_yaxes(rangemode="tozero")

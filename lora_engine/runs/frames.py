@@ -59,13 +59,14 @@ RUN_COLUMNS = {
     "started_seconds": "float64",  # epoch seconds of its first start
     "finished_seconds": "float64",
     "peak_bytes": "float64",  # measured; of a run that shared its passes, one step of it alone
+    "pack_peak_bytes": "float64",  # measured, of all that shared its passes together
     "predicted_peak_bytes": "float64",
     "adapter_bytes": "float64",
-    "pack_size": "float64",  # how many runs shared each forward and backward pass; NaN: it had them to itself
-    "pack_seconds": "float64",  # of the whole pack, in steps
-    "pack_peak_bytes": "float64",  # measured, of the whole pack
-    "dropped_step": "float64",  # where early exit stopped it
-    "dropped_loss": "float64",  # its evaluation loss there
+    "pack_size": "float64",  # runs that shared its passes, itself included; 1 where it was trained alone in a sweep
+    "pack_seconds": "float64",  # spent in steps by the whole pack; `seconds` is the run's share
+    "alone_step_seconds": "float64",  # what a step of one run took by itself, as probed before packing
+    "early_exit_step": "float64",  # where early exit dropped it, also if it was trained to the end afterwards
+    "early_exit_loss": "float64",  # its evaluation loss there
     "created": "datetime64[us, UTC]",
 }
 
@@ -136,8 +137,7 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
     result: Mapping[str, Any] = record.result or {}
     prediction: Mapping[str, Any] = record.prediction or {}
     pack: Mapping[str, Any] = result.get("pack") or {}
-    # A run that was dropped and then resumed to its end keeps the mark of where it had been dropped.
-    dropped: Mapping[str, Any] = result.get("early_exit") or {}
+    early_exit: Mapping[str, Any] = result.get("early_exit") or {}
     path = str(data.get("path") or "")
     targets = method.get("target_modules")
     wall = None
@@ -175,13 +175,14 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
         "finished_seconds": record.finished_seconds,
         "tokens_per_second": result.get("tokens_per_second"),
         "peak_bytes": result.get("peak_bytes"),
+        "pack_peak_bytes": pack.get("peak_bytes"),
         "predicted_peak_bytes": _first(result.get("predicted_peak_bytes"), prediction.get("peak_bytes")),
         "adapter_bytes": result.get("adapter_bytes"),
-        "pack_size": pack["size"] if pack.get("size", 1) > 1 else None,
+        "pack_size": pack.get("size"),
         "pack_seconds": pack.get("seconds"),
-        "pack_peak_bytes": pack.get("peak_bytes"),
-        "dropped_step": dropped.get("step"),
-        "dropped_loss": dropped.get("eval_loss"),
+        "alone_step_seconds": pack.get("alone_step_seconds"),
+        "early_exit_step": early_exit.get("step"),
+        "early_exit_loss": early_exit.get("eval_loss"),
         "created": record.created_seconds,
     }
     return _row(values, RUN_COLUMNS)

@@ -250,7 +250,10 @@ class Ledger:
             running = connection.execute(
                 "SELECT id, pid, create_time, identity FROM runs WHERE status = 'running'"
             ).fetchall()
-        dead = [row for row in running if not is_alive(row["pid"], row["create_time"], row["identity"])]
+        # One worker may have hundreds of runs: ask once.
+        workers = {(row["pid"], row["create_time"], row["identity"]) for row in running}
+        gone = {worker for worker in workers if not is_alive(*worker)}
+        dead = [row for row in running if (row["pid"], row["create_time"], row["identity"]) in gone]
         if not dead:
             return []
         changed = []

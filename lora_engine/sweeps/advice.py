@@ -203,8 +203,12 @@ def _numbers(losses: Sequence[float], noise: float) -> list[str]:
 
 
 def _missing_sentence(frame: pd.DataFrame) -> str:
-    """How many cells the grid spanned by the done runs lacks."""
+    """How many runs the grid spanned by the done ones lacks; what early exit stopped is not missing but said."""
     rows = _done_runs(frame)
+    if {"status", "early_exit_step"} <= set(frame.columns):
+        dropped = frame[(frame["status"] == "cancelled") & frame["early_exit_step"].notna()]
+        if len(dropped):
+            return f"Early exit stopped {len(dropped)} of {len(frame)} runs."
     axes = [*AXES, *(["seed"] if "seed" in rows.columns else [])]
     planned = math.prod(rows[axis].nunique() for axis in axes)
     missing = planned - len(rows.drop_duplicates(subset=axes))

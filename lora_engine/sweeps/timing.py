@@ -109,7 +109,7 @@ def _timed_runs(frame: pd.DataFrame | None, *, packed: bool) -> pd.DataFrame:
     columns = ["model", "data_path", "device", "method", "r", "targets", "steps", "batch_size", "max_length"]
     if frame is None or frame.empty:
         return pd.DataFrame({column: [] for column in [*columns, "seconds", "wall_seconds", "sweep_id"]})
-    shared = frame["pack_size"].notna() if "pack_size" in frame.columns else pd.Series(False, index=frame.index)
+    shared = frame["pack_size"] > 1 if "pack_size" in frame.columns else pd.Series(False, index=frame.index)
     return frame[(frame["status"] == "done") & (frame["seconds"] > 0) & (shared if packed else ~shared)]
 
 
