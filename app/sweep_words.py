@@ -6,8 +6,14 @@ import pandas as pd
 from charts.heatmap import is_dropped
 from formatting import format_duration, format_loss, format_number, format_percent, plural
 
-from lora_engine.sweeps import SweepSpec, estimate_packed_seconds, estimate_sweep_seconds, find_throughput
-from lora_engine.sweeps.halving import EarlyExitBill, trained_share
+from lora_engine.sweeps import (
+    EarlyExitBill,
+    SweepSpec,
+    estimate_packed_seconds,
+    estimate_sweep_seconds,
+    find_throughput,
+    trained_share,
+)
 
 
 class Cell(Protocol):

@@ -19,8 +19,7 @@ from sweep_words import bill_sentence
 from lora_engine.errors import InputError, NotFoundError
 from lora_engine.executors import LocalExecutor
 from lora_engine.runs import RunRecord, SweepRecord, records_frame
-from lora_engine.sweeps import SweepSpec, cancel_sweep, resume_sweep
-from lora_engine.sweeps.halving import early_exit_bill
+from lora_engine.sweeps import SweepSpec, cancel_sweep, early_exit_bill, resume_sweep
 
 REFRESH_SECONDS = 2.0
 

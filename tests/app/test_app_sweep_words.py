@@ -7,8 +7,7 @@ from sweep_progress import add_sample, count_progress, pace, progress_words, sec
 from sweep_runs import NAN, change, drop, grid
 
 from lora_engine.config import DataConfig, RunConfig, TrainConfig
-from lora_engine.sweeps import SweepSpec
-from lora_engine.sweeps.halving import early_exit_bill
+from lora_engine.sweeps import SweepSpec, early_exit_bill
 
 
 def spec(**changes):
