@@ -134,7 +134,7 @@ def sweep(page: Page, home) -> None:
     expect(page.get_by_role("heading", name="Which rank and alpha?")).to_be_visible(timeout=30_000)
     expect(page).to_have_url(re.compile(r"[?&]r=4\b"))
     expect(page.get_by_text(re.compile("mine.csv")).first).to_be_visible()
-    for key, unwanted in (("grid_r", ("4", "8")), ("grid_alpha", ("8",))):
+    for key, unwanted in (("grid_r", ("4", "8")), ("grid_alpha", ("8",)), ("grid_seed", ("1",))):
         for label in unwanted:
             page.locator(f".st-key-{key}").get_by_role("button", name=label, exact=True).click()
     fill_number(page, "grid_steps", 20)
