@@ -9,10 +9,10 @@ from formatting import format_duration, format_loss, format_number, format_perce
 from lora_engine.sweeps import (
     EarlyExitBill,
     SweepSpec,
-    estimate_packed_seconds,
+    estimate_packed_sweep_seconds,
     estimate_sweep_seconds,
     find_throughput,
-    trained_share,
+    pack_refusal,
 )
 
 
@@ -35,7 +35,8 @@ def took_seconds(frame: pd.DataFrame) -> float | None:
 def sequential_estimate(spec: SweepSpec, frame: pd.DataFrame, earlier: pd.DataFrame) -> tuple[float, str]:
     """(seconds for the whole grid one run after another, what that is taken from): from runs that were trained alone,
     else from the step that was measured alone before packing, else the stated guess."""
-    throughput = find_throughput(spec.base, earlier)
+    by_itself = earlier[~(earlier["pack_size"] > 1)]
+    throughput = find_throughput(spec.base, by_itself)
     alone = frame["alone_step_seconds"].median()
     if throughput.num_runs == 0 and pd.notna(alone):
         return float(alone * frame["steps"].sum()), "from a step measured alone; starts and evaluations not counted"
@@ -76,15 +77,14 @@ def predicted_words(spec: SweepSpec, earlier: pd.DataFrame) -> str:
     """What a grid will take, before it starts."""
     throughput = find_throughput(spec.base, earlier)
     alone = f"one after another about {format_duration(estimate_sweep_seconds(spec, throughput=throughput))}"
-    packed = estimate_packed_seconds(spec, earlier)
+    reason = pack_refusal(spec.base)
+    if reason is not None:
+        return f"{alone} ({throughput.basis}). They cannot share passes: {reason}"
+    packed = estimate_packed_sweep_seconds(spec, earlier)
     if packed is None:
-        words = f"{alone} ({throughput.basis}), less where runs can share passes"
-    else:
-        words = f"sharing passes about {format_duration(packed[0])} ({packed[1]}); {alone} ({throughput.basis})"
-    if spec.early_exit:
-        share = trained_share(spec.base.train, spec.num_runs // len(spec.seeds))
-        words += f". Stopping the worst half early leaves {format_percent(100 * share)} of these steps"
-    return words
+        return f"{alone} ({throughput.basis}), less where runs can share passes"
+    how = "sharing passes" + (" and stopping the worst half early" if spec.early_exit else "")
+    return f"{how} about {format_duration(packed.seconds)} ({packed.basis}); {alone} ({throughput.basis})"
 
 
 def bill_sentence(bill: EarlyExitBill) -> str:

@@ -9,6 +9,8 @@ import pandas as pd
 from lora_engine.calc import estimate_step_flops, load_shape, parse_targets
 from lora_engine.config import FullConfig, LoraConfig, MethodConfig, RunConfig
 from lora_engine.errors import InputError
+from lora_engine.sweeps.halving import trained_share
+from lora_engine.sweeps.packing import pack_refusal
 from lora_engine.sweeps.spec import SweepSpec, expand_grid
 
 # Guesses of the right order for a small model, used until a first run is done. Pretraining one of
@@ -33,9 +35,11 @@ class Throughput:
 
 def find_throughput(config: RunConfig, frame: pd.DataFrame | None = None) -> Throughput:
     """Median over the latest done runs of `frame` (`runs_frame`): the same model, data and device if
-    there are any, else the same model and device, else the same device, else the stated default.
-    Runs that shared their passes with others do not say how long one takes by itself."""
-    done, same_model, same_data = _alike(config, _timed_runs(frame, packed=False))
+    there are any, else the same model and device, else the same device, else the stated default."""
+    done = _timed_runs(frame)
+    done = done[done["device"].map(lambda device: _same_device(config.train.device, device)).astype(bool)]
+    same_model = done[done["model"] == config.model]
+    same_data = same_model[same_model["data_path"] == config.data.path]
     choices = (
         (same_data, "of this model on this data"),
         (same_model, "of this model"),
@@ -79,38 +83,71 @@ def estimate_sweep_seconds(
     return repeats * sum(estimate_run_seconds(config, throughput=throughput) for config in configs)
 
 
-def estimate_packed_seconds(spec: SweepSpec, frame: pd.DataFrame | None = None) -> tuple[float, str] | None:
-    """(seconds, where from in words) for a sweep whose runs share passes, from earlier ones of this model that did;
-    None where there are none.
+@dataclass(frozen=True)
+class PackedEstimate:
+    """Seconds of a packed sweep, and in words how it is known."""
 
-    Each of them was given an equal share of its pack's seconds, so FLOPs over shares are those of the whole pack;
-    the seconds beside the steps are the sweep's, once."""
-    _, same_model, same_data = _alike(spec.base, _timed_runs(frame, packed=True))
-    for rows, words in ((same_data, "of this model on this data"), (same_model, "of this model")):
-        # Whole packs: the latest run and those that were created with it.
-        rows = rows[rows["sweep_id"] == rows["sweep_id"].iloc[-1]] if len(rows) else rows
-        if len(rows):
-            speed = sum(_flops_of_row(row) for row in rows.to_dict("records")) / float(rows["seconds"].sum())
-            beside = (rows["wall_seconds"] - rows["pack_seconds"]).clip(lower=0.0).median()
-            at_once = Throughput(speed, 0.0, len(rows), f"from {len(rows)} earlier runs {words} that shared passes")
-            seconds = estimate_sweep_seconds(spec, throughput=at_once)
-            return seconds + (float(beside) if pd.notna(beside) else DEFAULT_OVERHEAD_SECONDS), at_once.basis
-    return None
+    seconds: float
+    basis: str
 
 
-def _alike(config: RunConfig, done: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Runs of the same device; of these the same model; of these the same data."""
-    done = done[done["device"].map(lambda device: _same_device(config.train.device, device)).astype(bool)]
-    same_model = done[done["model"] == config.model]
-    return done, same_model, same_model[same_model["data_path"] == config.data.path]
+def estimate_packed_sweep_seconds(spec: SweepSpec, frame: pd.DataFrame | None = None) -> PackedEstimate | None:
+    """Seconds for a sweep as `spec` says: packed, and with early exit if it has that. None: nobody knows, since no
+    packed run of this model was done on such a device, or the sweep cannot be packed.
+
+    From each earlier run's share of its packs' steps, by FLOPs, and what sweeps took beside their steps."""
+    train = spec.base.train
+    if spec.packed == "never" or pack_refusal(spec.base) is not None:
+        return None
+    rows = _packed_runs(frame)
+    rows = rows[rows["device"].map(lambda device: _same_device(train.device, device)).astype(bool)]
+    rows = rows[rows["model"] == spec.base.model]
+    same_data = rows[rows["data_path"] == spec.base.data.path]
+    rows, words = (same_data, "of this model on this data") if len(same_data) else (rows, "of this model")
+    if rows.empty:
+        return None
+    latest = rows[rows["sweep_id"] == rows["sweep_id"].iloc[-1]]
+    flops = sum(_flops_of_row(row) for row in latest.to_dict("records"))
+    beside = max(0.0, float(latest["wall_seconds"].max() - latest["seconds"].sum())) / len(latest)
+    configs = expand_grid(spec)[: len(spec.rs)]
+    sequences = train.batch_size * train.accumulation
+    step_flops = sum(_step_flops(c.model, c.method, sequences, train.max_length) for c in configs)
+    repeats = spec.num_runs // len(spec.rs)
+    steps = repeats * train.steps * step_flops * float(latest["seconds"].sum()) / flops
+    if spec.early_exit:
+        steps *= trained_share(train, spec.num_runs // len(spec.seeds))
+    plural = "run" if len(latest) == 1 else "runs"
+    basis = f"from {len(latest)} {plural} {words} in the latest packed sweep"
+    return PackedEstimate(beside * spec.num_runs + steps, basis)
 
 
-def _timed_runs(frame: pd.DataFrame | None, *, packed: bool) -> pd.DataFrame:
+def _packed_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
+    done = _done_runs(frame)
+    return done[_pack_size(done) > 1]
+
+
+def _pack_size(frame: pd.DataFrame) -> "pd.Series[Any]":
+    sizes = frame.get("pack_size")
+    return pd.Series(1.0, index=frame.index) if sizes is None else sizes.fillna(1.0)
+
+
+def _timed_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
+    """Done runs with the seconds that they take alone: of packed ones what was probed, else they tell nothing."""
+    done = _done_runs(frame)
+    packed = _pack_size(done) > 1
+    if not packed.any():
+        return done
+    alone = done["alone_step_seconds"] * done["steps"]
+    seconds = done["seconds"].where(~packed, alone)
+    done = done.assign(seconds=seconds, wall_seconds=done["wall_seconds"].where(~packed))
+    return done[done["seconds"].notna()]
+
+
+def _done_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
     columns = ["model", "data_path", "device", "method", "r", "targets", "steps", "batch_size", "max_length"]
     if frame is None or frame.empty:
-        return pd.DataFrame({column: [] for column in [*columns, "seconds", "wall_seconds", "sweep_id"]})
-    shared = frame["pack_size"] > 1 if "pack_size" in frame.columns else pd.Series(False, index=frame.index)
-    return frame[(frame["status"] == "done") & (frame["seconds"] > 0) & (shared if packed else ~shared)]
+        return pd.DataFrame({column: [] for column in [*columns, "seconds", "wall_seconds"]})
+    return frame[(frame["status"] == "done") & (frame["seconds"] > 0)]
 
 
 def _same_device(asked: str, used: object) -> bool:

@@ -1,12 +1,14 @@
 """How far a grid is, what it took and what early exit cost: exact figures and sentences from tables made by hand."""
 
+from dataclasses import replace
+
 import pytest
 import sweep_progress
 import sweep_words
 from sweep_progress import add_sample, count_progress, pace, progress_words, seconds_left
 from sweep_runs import NAN, change, drop, grid
 
-from lora_engine.config import DataConfig, RunConfig, TrainConfig
+from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.sweeps import SweepSpec, early_exit_bill
 
 
@@ -147,6 +149,20 @@ def test_what_a_grid_will_take():
     words = sweep_words.predicted_words(spec(), frame)
     assert words.startswith("one after another about")
     assert words.endswith("(a guess at 50 GFLOP/s until a first run is done), less where runs can share passes")
-    # 8 cells of 40 steps: 8 to step 12, 4 to step 20, 2 to the end.
-    words = sweep_words.predicted_words(spec(early_exit=True), frame)
-    assert words.endswith(". Stopping the worst half early leaves 52.5 % of these steps")
+    base = spec().base
+    dora = replace(spec(), base=replace(base, method=LoraConfig(use_dora=True)))
+    assert "They cannot share passes: DoRA" in sweep_words.predicted_words(dora, frame)
+
+
+def test_a_grid_that_shares_passes_is_predicted_from_the_latest_one():
+    earlier = grid(
+        pack_size=8.0, pack_seconds=16.0, wall_seconds=40.0, alone_step_seconds=0.5, device="cpu", data_path="/a.csv",
+        batch_size=8, max_length=128, targets="all-linear",
+    )  # fmt: skip
+    whole = sweep_words.predicted_words(spec(), earlier)
+    # The same grid again: 32 s in steps, 8 s beside them.
+    assert whole.startswith("sharing passes about 40 s (from 16 runs of this model on this data")
+    assert "; one after another about " in whole
+    halved = sweep_words.predicted_words(spec(early_exit=True), earlier)
+    # 8 cells to step 12, 4 to step 20, 2 to the end: 52.5 % of the steps.
+    assert halved.startswith("sharing passes and stopping the worst half early about 25 s (from 16 runs")

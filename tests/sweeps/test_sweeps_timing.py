@@ -7,13 +7,7 @@ import pytest
 
 from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.errors import ModelConfigError
-from lora_engine.sweeps import (
-    SweepSpec,
-    estimate_packed_seconds,
-    estimate_run_seconds,
-    estimate_sweep_seconds,
-    find_throughput,
-)
+from lora_engine.sweeps import SweepSpec, estimate_run_seconds, estimate_sweep_seconds, find_throughput
 from lora_engine.sweeps.timing import DEFAULT_FLOPS_PER_SECOND, DEFAULT_OVERHEAD_SECONDS
 
 
@@ -116,27 +110,3 @@ def test_a_sweep_is_the_sum_of_its_runs() -> None:
     spec = SweepSpec(base=config(), rs=(1, 4), lora_alphas=(8, 16), lrs=(1e-3,), seeds=(0, 1, 2))
     expected = 6 * (estimate_run_seconds(config(r=1), runs) + estimate_run_seconds(config(r=4), runs))
     assert estimate_sweep_seconds(spec, runs) == pytest.approx(expected)
-
-
-@pytest.mark.usefixtures("_simple_flops")
-def test_runs_that_shared_passes_do_not_say_how_long_one_takes_alone() -> None:
-    shared = past(sweep_id="s", pack_size=4.0, pack_seconds=2.0, seconds=0.5)
-    alone = past(sweep_id="s", pack_size=1.0, pack_seconds=2.0)
-    assert find_throughput(config(), frame(shared, shared)).num_runs == 0
-    assert find_throughput(config(), frame(shared, alone)).flops_per_second == pytest.approx(2000)
-
-
-@pytest.mark.usefixtures("_simple_flops")
-def test_a_grid_that_shares_passes_is_scaled_from_an_earlier_one() -> None:
-    spec = SweepSpec(base=config(), rs=(1, 4), lora_alphas=(8, 16), lrs=(1e-3,), seeds=(0, 1, 2))
-    assert estimate_packed_seconds(spec, None) is None
-    assert estimate_packed_seconds(spec, frame(past(sweep_id="s"))) is None
-    # A pack of ranks 2 and 6, as many FLOPs as two of rank 4, in 1 s of steps, of which each has half; 3 s beside.
-    pack = {"sweep_id": "s", "pack_size": 2.0, "pack_seconds": 1.0, "seconds": 0.5, "wall_seconds": 4.0}
-    older = past(sweep_id="older", pack_size=2.0, pack_seconds=9.0, seconds=4.5, wall_seconds=10.0)
-    other = past(model="other", **pack)
-    found = estimate_packed_seconds(spec, frame(older, past(r=2.0, **pack), past(r=6.0, **pack), other))
-    assert found is not None
-    # 6 runs of rank 1 and 6 of rank 4, 10 steps of 100 FLOPs a rank, at 8000 FLOP/s; the start once.
-    assert found[0] == pytest.approx(6 * (1000 + 4000) / 8000 + 3)
-    assert found[1] == "from 2 earlier runs of this model on this data that shared passes"
