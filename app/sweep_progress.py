@@ -8,7 +8,7 @@ import streamlit as st
 from charts.heatmap import OVER, is_dropped, steps_done
 from formatting import format_duration, plural
 
-WINDOW_SECONDS = 20.0  # the pace is that of so many last seconds
+WINDOW_SECONDS = 60.0  # the pace is that of so many last seconds: several evaluations fall into them
 LEAST_SECONDS = 1.5  # and is not told from less
 
 Samples = list[tuple[float, float]]
@@ -23,7 +23,7 @@ class Progress:
     runs: int
     over: int
     dropped: int
-    running: int
+    begun: int
     steps_done: int
     steps: int
 
@@ -40,7 +40,7 @@ def count_progress(frame: pd.DataFrame) -> Progress:
         runs=len(frame),
         over=int(over.sum()),
         dropped=int(is_dropped(frame).sum()),
-        running=int((frame["status"] == "running").sum()),
+        begun=int(((frame["status"] == "running") & (done > 0)).sum()),
         steps_done=int(done.sum()),
         steps=int(done.where(over, frame["steps"]).sum()),
     )
@@ -55,10 +55,13 @@ def note_pace(sweep_id: str, done: int, now: float | None = None) -> float | Non
 
 
 def add_sample(samples: Samples, now: float, done: float) -> Samples:
-    """The samples of the last WINDOW_SECONDS, and this one. Fewer steps than before: a run began again, so its
-    past does not count."""
-    kept = [(t, n) for t, n in samples if now - t <= WINDOW_SECONDS and n <= done]
-    return [*kept, (now, done)]
+    """The samples of the last WINDOW_SECONDS, and this one.
+
+    Fewer steps than before: a run began again, so its past does not count; nor does the time before the first step
+    that was seen, in which a model was loaded."""
+    kept = [*((t, n) for t, n in samples if now - t <= WINDOW_SECONDS and n <= done), (now, done)]
+    idle = sum(n == kept[0][1] for _, n in kept)
+    return kept[max(0, idle - 1) :] if idle < len(kept) else kept
 
 
 def pace(samples: Samples) -> float | None:
@@ -83,9 +86,10 @@ def progress_words(progress: Progress, doing: str, left: float | None) -> str:
         f"{progress.over} of {plural(progress.runs, 'run')} over"
         + (f" ({progress.dropped} stopped early)" if progress.dropped else ""),
     ]
-    if progress.running > 1:
-        parts.append(f"{progress.running} runs at once")
+    if progress.begun > 1:
+        parts.append(f"{progress.begun} begun")
     parts.append(doing)
     if left is not None:
-        parts.append(f"{format_duration(left)} left")
+        # No seconds where they would only flicker.
+        parts.append(f"{format_duration(left if left < 300 else 60 * round(left / 60))} left")
     return "; ".join(part for part in parts if part)

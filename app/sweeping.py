@@ -89,7 +89,8 @@ def _progress(frame: pd.DataFrame, runs: Sequence[RunRecord], sweep_id: str) -> 
     progress = sweep_progress.count_progress(frame)
     pace = sweep_progress.note_pace(sweep_id, progress.steps_done)
     left = sweep_progress.seconds_left(progress, pace)
-    words = sweep_progress.progress_words(progress, _doing(runs), left)
+    doing = "training" if pace else _doing(runs)  # what a worker noted can be older than its steps
+    words = sweep_progress.progress_words(progress, doing, left)
     bar, button = st.columns([6, 1], vertical_alignment="bottom")
     bar.progress(progress.share, words)
     if button.button("Stop", key=f"stop_{sweep_id}", width="stretch"):

@@ -111,7 +111,7 @@ def test_while_it_runs_the_whole_grid_is_counted_and_the_map_fills(home):
     ledger.record_eval(runs[0][0], 2, eval_loss=4.5)
     app = open_page("views/sweep.py", sweep=sweep_id)
     words = app.get("progress")[0].proto.text
-    assert words == "12 of 32 steps over all runs; 0 of 8 runs over; 6 runs at once; training"
+    assert words == "12 of 32 steps over all runs; 0 of 8 runs over; 6 begun; training"
     assert app.get("progress")[0].proto.value == 100 * 12 // 32
     assert "Pale cells are not finished" in texts(app)
     assert "Every run" not in headings(app)

@@ -32,7 +32,7 @@ def half_way():
 
 def test_progress_counts_steps_over_all_runs():
     progress = count_progress(half_way())
-    assert (progress.runs, progress.over, progress.dropped, progress.running) == (16, 8, 4, 4)
+    assert (progress.runs, progress.over, progress.dropped, progress.begun) == (16, 8, 4, 4)
     assert progress.steps_done == 4 * 40 + 4 * 10 + 4 * 15
     assert progress.steps == 4 * 40 + 4 * 10 + 8 * 40  # the rest of the dropped is not to be done
     assert progress.share == pytest.approx(260 / 520)
@@ -42,11 +42,18 @@ def test_progress_counts_steps_over_all_runs():
 
 def test_seconds_left_come_from_the_last_seconds():
     samples = []
-    for second in range(100):  # slow at first, three steps a second of late
-        samples = add_sample(samples, float(second), second if second < 70 else 70 + 3 * (second - 70))
-    assert samples[0][0] == 99 - sweep_progress.WINDOW_SECONDS
+    for second in range(200):  # slow at first, three steps a second of late
+        samples = add_sample(samples, float(second), second if second < 100 else 100 + 3 * (second - 100))
+    assert samples[0][0] == 199 - sweep_progress.WINDOW_SECONDS
     assert pace(samples) == pytest.approx(3)
     assert seconds_left(count_progress(half_way()), pace(samples)) == pytest.approx(260 / 3)
+
+
+def test_the_time_before_the_first_step_is_not_the_pace_of_steps():
+    samples = []
+    for second, done in [(0.0, 0), (20.0, 0), (40.0, 0), (42.0, 8), (44.0, 16)]:
+        samples = add_sample(samples, second, done)
+    assert pace(samples) == pytest.approx(4)
 
 
 def test_without_a_pace_nothing_is_promised():
@@ -65,7 +72,7 @@ def test_a_run_that_begins_again_does_not_count_backwards():
 def test_progress_in_words():
     words = progress_words(count_progress(half_way()), "training", 87.0)
     assert words == (
-        "260 of 520 steps over all runs; 8 of 16 runs over (4 stopped early); 4 runs at once; training; 1 min 27 s left"
+        "260 of 520 steps over all runs; 8 of 16 runs over (4 stopped early); 4 begun; training; 1 min 27 s left"
     )
     alone = change(grid(), [0], status="running", last_step=3.0)
     words = progress_words(count_progress(alone), "training", None)
