@@ -7,7 +7,7 @@ import charts
 import pandas as pd
 import streamlit as st
 from formatting import MIB, format_bytes, format_number
-from sweep_words import status_words, time_sentence
+from sweep_words import reason_words, status_words, time_sentence
 from widgets import download_table, show_chart
 
 from lora_engine.config import LoraConfig
@@ -66,6 +66,8 @@ def answer(frame: pd.DataFrame, view: SweepView) -> Advice | None:
         f"Best at that rank: alpha {format_number(advice.lora_alpha)}, learning rate {format_number(advice.lr)}."
     )
     st.markdown(time_sentence(view.spec, frame, runs_frame(cache.ledger())))
+    if reason := reason_words(frame):
+        st.caption(reason)
     return advice
 
 

@@ -33,14 +33,12 @@ def took_seconds(frame: pd.DataFrame) -> float | None:
 
 
 def sequential_estimate(spec: SweepSpec, frame: pd.DataFrame, earlier: pd.DataFrame) -> tuple[float, str]:
-    """(seconds for the whole grid one run after another, what that is taken from): from runs that were trained alone,
-    else from the step that was measured alone before packing, else the stated guess."""
-    by_itself = earlier[~(earlier["pack_size"] > 1)]
-    throughput = find_throughput(spec.base, by_itself)
-    alone = frame["alone_step_seconds"].median()
-    if throughput.num_runs == 0 and pd.notna(alone):
-        return float(alone * frame["steps"].sum()), "from a step measured alone; starts and evaluations not counted"
-    return estimate_sweep_seconds(spec, throughput=throughput), throughput.basis
+    """(seconds for the whole grid one run after another, what that is taken from): from the step that was measured
+    alone before packing, else from earlier runs, else the stated guess."""
+    probed = frame["alone_step_seconds"].notna().any()
+    throughput = find_throughput(spec.base, frame if probed else earlier)
+    basis = "from a step measured alone, before packing" if probed else throughput.basis
+    return estimate_sweep_seconds(spec, throughput=throughput), basis
 
 
 def time_sentence(spec: SweepSpec | None, frame: pd.DataFrame, earlier: pd.DataFrame) -> str:
@@ -71,6 +69,12 @@ def shared_words(frame: pd.DataFrame) -> str:
     many = f"{high} runs" if low == high else f"{low} to {high} runs"
     alone = int((frame["pack_size"] == 1).sum())
     return f"{many} shared each pass over the base" + (f"; {alone} went alone." if alone else ".")
+
+
+def reason_words(frame: pd.DataFrame) -> str:
+    """Why so many runs shared a pass, or none did; empty when nobody wrote it down."""
+    reasons = frame["pack_reason"].dropna().value_counts()
+    return "" if reasons.empty else f"{reasons.index[0][:1].upper()}{reasons.index[0][1:]}."
 
 
 def predicted_words(spec: SweepSpec, earlier: pd.DataFrame) -> str:

@@ -89,8 +89,7 @@ def _progress(frame: pd.DataFrame, runs: Sequence[RunRecord], sweep_id: str) -> 
     progress = sweep_progress.count_progress(frame)
     pace = sweep_progress.note_pace(sweep_id, progress.steps_done)
     left = sweep_progress.seconds_left(progress, pace)
-    doing = "training" if pace else _doing(runs)  # what a worker noted can be older than its steps
-    words = sweep_progress.progress_words(progress, doing, left)
+    words = sweep_progress.progress_words(progress, _doing(runs), left)
     bar, button = st.columns([6, 1], vertical_alignment="bottom")
     bar.progress(progress.share, words)
     if button.button("Stop", key=f"stop_{sweep_id}", width="stretch"):
@@ -100,9 +99,10 @@ def _progress(frame: pd.DataFrame, runs: Sequence[RunRecord], sweep_id: str) -> 
 
 
 def _doing(runs: Sequence[RunRecord]) -> str:
-    """What most of the running ones are at."""
-    said = Counter(run.progress or "starting" for run in runs if run.status == "running")
-    return said.most_common(1)[0][0] if said else "waiting for the worker"
+    """What is being trained, else what most of the running ones are at: those that wait for their turn say less."""
+    said = [run.progress or "starting" for run in runs if run.status == "running"]
+    training = [words for words in said if words.startswith("training")]
+    return Counter(training or said or ["waiting for the worker"]).most_common(1)[0][0]
 
 
 def _what_is_left(frame: pd.DataFrame, sweep_id: str) -> None:

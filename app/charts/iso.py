@@ -81,13 +81,13 @@ def draw_iso_lines(figure: go.Figure, iso: pd.DataFrame, word: str, num_ranks: i
     """Dotted lines that leave the middle of each cell free, each with its value where it leaves the map."""
     for scaling, line in iso.groupby("scaling", sort=True):
         xs, ys = _with_holes(list(line["x"]), list(line["y"]), num_ranks, num_alphas)
-        # White on a dark edge: to be seen on every colour of the map and on both themes.
-        for colour, width in (("rgba(20,24,26,0.6)", 3.0), ("#FFFFFF", 1.4)):
+        # White and dark in turns: to be seen on every colour of the map and on both themes.
+        for colour, dash in (("#5A6166", "4px,4px"), ("#FFFFFF", "0px,4px,4px,0px")):
             figure.add_scatter(
                 x=xs,
                 y=ys,
                 mode="lines",
-                line={"color": colour, "width": width, "dash": "3px,3px"},
+                line={"color": colour, "width": 1.6, "dash": dash},
                 hoverinfo="skip",
                 name=f"{word} = {format_ratio(float(scaling))}",  # type: ignore[arg-type]
             )

@@ -63,6 +63,7 @@ RUN_COLUMNS = {
     "predicted_peak_bytes": "float64",
     "adapter_bytes": "float64",
     "pack_size": "float64",  # runs that shared its passes, itself included; 1 where it was trained alone in a sweep
+    "pack_reason": "str",  # why so many: what was measured, or what forbids packing
     "pack_seconds": "float64",  # spent in steps by the whole pack; `seconds` is the run's share
     "alone_step_seconds": "float64",  # what a step of one run took by itself, as probed before packing
     "early_exit_step": "float64",  # where early exit dropped it, also if it was trained to the end afterwards
@@ -179,6 +180,7 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
         "predicted_peak_bytes": _first(result.get("predicted_peak_bytes"), prediction.get("peak_bytes")),
         "adapter_bytes": result.get("adapter_bytes"),
         "pack_size": pack.get("size"),
+        "pack_reason": pack.get("reason"),
         "pack_seconds": pack.get("seconds"),
         "alone_step_seconds": pack.get("alone_step_seconds"),
         "early_exit_step": early_exit.get("step"),

@@ -79,31 +79,40 @@ def test_progress_in_words():
     assert words == "603 of 640 steps over all runs; 15 of 16 runs over; training"
 
 
+PLACE = {"device": "cpu", "data_path": "/a.csv", "batch_size": 8, "max_length": 128, "targets": "all-linear"}
+
+
+@pytest.fixture
+def same_flops(monkeypatch):
+    """Every rank costs the same."""
+    monkeypatch.setattr("lora_engine.sweeps.timing.estimate_step_flops", lambda *_args, **_more: 100)
+
+
+@pytest.mark.usefixtures("same_flops")
 def test_the_total_time_stands_beside_the_sequential_estimate():
-    frame = grid(pack_size=8.0, alone_step_seconds=0.5)
-    sentence = sweep_words.time_sentence(spec(), frame, frame[:0])
-    assert sentence == (
-        "**16 runs in 2 min 10 s**; one after another about 5 min 20 s (estimate from a step measured alone; starts "
-        "and evaluations not counted). 8 runs shared each pass over the base."
+    # 40 steps of 0.5 s alone; of the 130 s of the sweep 98 were beside its steps, 6.125 s a run.
+    frame = grid(pack_size=8.0, alone_step_seconds=0.5, wall_seconds=130.0, **PLACE)
+    assert sweep_words.time_sentence(spec(), frame, frame) == (
+        "**16 runs in 2 min 10 s**; one after another about 6 min 58 s (estimate from a step measured alone, before "
+        "packing). 8 runs shared each pass over the base."
     )
     change(frame, [0], pack_size=1)
     change(frame, [1], pack_size=4)
     assert sweep_words.shared_words(frame) == "4 to 8 runs shared each pass over the base; 1 went alone."
 
 
-def test_runs_that_were_trained_alone_give_the_estimate(monkeypatch):
-    monkeypatch.setattr("lora_engine.sweeps.timing.estimate_step_flops", lambda *_args, **_more: 100)
-    earlier = grid(
-        rs=(4,), alphas=(8.0,), lrs=(1e-3,), device="cpu", data_path="/a.csv", batch_size=8, max_length=128,
-        targets="all-linear", wall_seconds=5.0,
-    )  # fmt: skip
-    packed = earlier.assign(pack_size=16.0, seconds=0.01)  # a share says nothing of one run by itself
-    import pandas as pd
-
-    frame = grid(pack_size=8.0, alone_step_seconds=0.5)
-    seconds, basis = sweep_words.sequential_estimate(spec(), frame, pd.concat([packed, earlier]))
+@pytest.mark.usefixtures("same_flops")
+def test_without_a_measured_step_earlier_runs_give_the_estimate():
+    earlier = grid(rs=(4,), alphas=(8.0,), lrs=(1e-3,), wall_seconds=5.0, **PLACE)
+    seconds, basis = sweep_words.sequential_estimate(spec(), grid(pack_size=8.0), earlier)
     assert basis == "from 2 earlier runs of this model on this data"
     assert seconds == pytest.approx(16 * 5)  # 2 s in 40 steps and 3 s beside them
+
+
+def test_why_so_many_shared_a_pass_is_said_once():
+    frame = grid(pack_reason="four are faster than one")
+    assert sweep_words.reason_words(frame) == "Four are faster than one."
+    assert sweep_words.reason_words(grid()) == ""
 
 
 def test_runs_that_shared_nothing_went_one_after_another():
@@ -162,10 +171,7 @@ def test_what_a_grid_will_take():
 
 
 def test_a_grid_that_shares_passes_is_predicted_from_the_latest_one():
-    earlier = grid(
-        pack_size=8.0, pack_seconds=16.0, wall_seconds=40.0, alone_step_seconds=0.5, device="cpu", data_path="/a.csv",
-        batch_size=8, max_length=128, targets="all-linear",
-    )  # fmt: skip
+    earlier = grid(pack_size=8.0, pack_seconds=16.0, wall_seconds=40.0, alone_step_seconds=0.5, **PLACE)
     whole = sweep_words.predicted_words(spec(), earlier)
     # The same grid again: 32 s in steps, 8 s beside them.
     assert whole.startswith("sharing passes about 40 s (from 16 runs of this model on this data")

@@ -91,7 +91,7 @@ def test_what_a_run_shared_and_how_far_it_is(ledger: Ledger) -> None:
         ledger.claim_run(run_id, *this_process())
         ledger.record_step(run_id, 4, train_loss=2.0, lr=0.1, grad_norm=0.5, tokens=9, seconds=0.25)
         ledger.record_eval(run_id, 3, eval_loss=2.5)
-    pack = {"size": 3, "seconds": 6.0, "peak_bytes": 2**30, "alone_step_seconds": 0.5}
+    pack = {"size": 3, "seconds": 6.0, "peak_bytes": 2**30, "alone_step_seconds": 0.5, "reason": "three fit"}
     ledger.finish_run(packed, "done", result=RESULT | {"pack": pack})
     ledger.finish_run(dropped, "cancelled", result={"early_exit": {"step": 3, "eval_loss": 2.5}})
     frame = runs_frame(ledger)
@@ -101,6 +101,7 @@ def test_what_a_run_shared_and_how_far_it_is(ledger: Ledger) -> None:
     assert rows[["last_step", "last_eval_step", "last_eval_loss"]].to_numpy().tolist() == [[4, 3, 2.5]] * 3
     columns = ["pack_size", "pack_seconds", "pack_peak_bytes", "alone_step_seconds"]
     assert rows.loc[packed, columns].tolist() == [3, 6.0, 2**30, 0.5]
+    assert rows.loc[packed, "pack_reason"] == "three fit"
     assert rows.loc[[going, dropped], columns].isna().all(axis=None)
     assert rows.loc[dropped, ["early_exit_step", "early_exit_loss"]].tolist() == [3, 2.5]
     assert rows.loc[going, ["early_exit_step", "finished_seconds"]].isna().all()
