@@ -56,8 +56,9 @@ def time_sentence(spec: SweepSpec | None, frame: pd.DataFrame, earlier: pd.DataF
     if spec is None:
         return f"**{head}**. {shared}"
     estimate, basis = sequential_estimate(spec, frame, earlier)
+    basis = basis if basis.startswith("a guess") else f"estimate {basis}"
     whole = "the whole grid " if done < len(frame) else ""
-    return f"**{head}**; {whole}one after another about {format_duration(estimate)} (estimate {basis}). {shared}"
+    return f"**{head}**; {whole}one after another about {format_duration(estimate)} ({basis}). {shared}"
 
 
 def shared_words(frame: pd.DataFrame) -> str:
@@ -68,12 +69,15 @@ def shared_words(frame: pd.DataFrame) -> str:
     low, high = int(sizes.min()), int(sizes.max())
     many = f"{high} runs" if low == high else f"{low} to {high} runs"
     alone = int((frame["pack_size"] == 1).sum())
-    return f"{many} shared each pass over the base" + (f"; {alone} went alone." if alone else ".")
+    # Packs shrink where runs are dropped, and what is known is the last one.
+    when = "At the end " if frame["early_exit_step"].notna().any() else ""
+    return f"{when}{many} shared each pass over the base" + (f"; {alone} went alone." if alone else ".")
 
 
 def reason_words(frame: pd.DataFrame) -> str:
     """Why so many runs shared a pass, or none did; empty when nobody wrote it down."""
-    reasons = frame["pack_reason"].dropna().value_counts()
+    said = frame["pack_reason"].dropna()
+    reasons = said[~said.str.startswith("packed is")].value_counts()  # that was asked for, not found
     return "" if reasons.empty else f"{reasons.index[0][:1].upper()}{reasons.index[0][1:]}."
 
 
