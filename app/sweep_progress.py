@@ -65,18 +65,24 @@ def add_sample(samples: Samples, now: float, done: float) -> Samples:
 
 
 def pace(samples: Samples) -> float | None:
-    """Steps a second from the oldest sample to the latest; None where that is too short or nothing moved."""
+    """Steps a second from the oldest sample to the last that saw a step; None where that is too short.
+
+    The steps of a pack come together: without them the pace would fall from one to the next. Where nothing came for
+    longer than that, it does fall."""
     if len(samples) < 2:
         return None
     (began, before), (now, done) = samples[0], samples[-1]
-    if now - began < LEAST_SECONDS or done <= before:
+    seen = next(t for t, n in samples if n == done)
+    until = now if now - seen > seen - began else seen
+    if until - began < LEAST_SECONDS or done <= before:
         return None
-    return (done - before) / (now - began)
+    return (done - before) / (until - began)
 
 
 def seconds_left(progress: Progress, steps_a_second: float | None) -> float | None:
-    """At this pace, if nothing more is dropped."""
-    return None if not steps_a_second else (progress.steps - progress.steps_done) / steps_a_second
+    """At this pace, if nothing more is dropped; None, too, when only files are still to be written."""
+    steps = progress.steps - progress.steps_done
+    return steps / steps_a_second if steps_a_second and steps else None
 
 
 def progress_words(progress: Progress, doing: str, left: float | None) -> str:

@@ -152,6 +152,8 @@ def plot_heatmap(
                 "yref": "container",
                 "y": 0,
                 "yanchor": "bottom",
+                "nticks": 4,
+                "tickangle": 0,
             },
         },
     )

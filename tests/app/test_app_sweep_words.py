@@ -64,6 +64,16 @@ def test_without_a_pace_nothing_is_promised():
     assert seconds_left(count_progress(half_way()), None) is None
 
 
+def test_steps_that_come_in_packs_keep_their_pace_between_two_of_them():
+    samples = [(0.0, 0), (2.0, 12), (4.0, 12), (6.0, 24), (8.0, 24), (10.0, 24)]
+    assert pace(samples) == pytest.approx(4)
+    assert pace([*samples, (16.0, 24)]) == pytest.approx(24 / 16)  # it came to a stop
+
+
+def test_with_all_steps_done_no_time_is_promised():
+    assert seconds_left(count_progress(grid()), 5.0) is None
+
+
 def test_a_run_that_begins_again_does_not_count_backwards():
     samples = add_sample([(0.0, 100.0), (2.0, 120.0)], 4.0, 60.0)
     assert samples == [(4.0, 60.0)]
