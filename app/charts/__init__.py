@@ -4,11 +4,11 @@ from charts.accuracy import error_table, plot_errors, plot_predicted_measured
 from charts.common import METHOD_COLOURS, TERM_COLOURS, TERM_WORDS
 from charts.curves import overlay_table, plot_curves, plot_overlay
 from charts.explore import parameter_table, plot_memory, plot_parameters
+from charts.heatmap import heatmap_table, plot_heatmap
+from charts.iso import iso_table
 from charts.sweep import (
     cost_by_rank_table,
-    heatmap_table,
     pareto_table,
-    plot_heatmap,
     plot_loss_by_rank,
     plot_memory_by_rank,
     plot_pareto,
@@ -22,6 +22,7 @@ __all__ = [
     "cost_by_rank_table",
     "error_table",
     "heatmap_table",
+    "iso_table",
     "overlay_table",
     "parameter_table",
     "pareto_table",

@@ -7,17 +7,17 @@ import math
 
 import pandas as pd
 import plotly.graph_objects as go
-from formatting import byte_unit, format_bytes, format_integer, format_loss, format_number, format_ratio, plural
+from formatting import byte_unit, format_bytes, format_integer, format_loss, format_number, plural
 
-from charts.common import BLUE, GREY, ORANGE, base_layout, empty_figure, faded, rank_axis
-
-Cells = dict[tuple[float, float], object]
+from charts.common import BLUE, GREY, GREY_BLUE, ORANGE, base_layout, empty_figure, faded, rank_axis
 
 WAITING = "The first finished run starts this chart."
+WIDE_RATIO = 4  # from this ratio on, small differences can only be seen on a log axis
 
 
-def plot_loss_by_rank(best: pd.DataFrame, *, recommended: int | None = None) -> go.Figure:
-    """Evaluation loss against rank, best over alpha and learning rate, band over seeds."""
+def plot_loss_by_rank(best: pd.DataFrame, *, recommended: int | None = None, rate: float | None = None) -> go.Figure:
+    """Evaluation loss against rank, best over alpha and learning rate (over alpha alone at a fixed `rate`), band over
+    seeds."""
     if best.empty:
         return empty_figure(WAITING)
     figure = go.Figure()
@@ -37,7 +37,7 @@ def plot_loss_by_rank(best: pd.DataFrame, *, recommended: int | None = None) -> 
         x=best["r"],
         y=best["eval_loss"],
         mode="lines+markers",
-        name="best over alpha and learning rate" + (", mean" if seeds > 1 else ""),
+        name=_best_over(rate) + (", mean" if seeds > 1 else ""),
         line={"color": ORANGE, "width": 2.5},
         marker={"size": 8},
         customdata=[
@@ -67,6 +67,12 @@ def plot_loss_by_rank(best: pd.DataFrame, *, recommended: int | None = None) -> 
         )
     base_layout(figure, x="Rank (r)", y="Evaluation loss (nats a token)", showlegend=seeds > 1)
     return rank_axis(figure, best["r"])
+
+
+def _best_over(rate: float | None) -> str:
+    if rate is None:
+        return "best over alpha and learning rate"
+    return f"best over alpha, learning rate {format_number(rate)} alone"
 
 
 def pareto_table(cells: pd.DataFrame) -> pd.DataFrame:
@@ -127,132 +133,11 @@ def plot_pareto(table: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def heatmap_table(frame: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell: r, lora_alpha, eval_loss (NaN before), lr, done, running, total (runs)."""
-    counts = frame.groupby(["r", "lora_alpha"], as_index=False).agg(
-        total=("status", "size"),
-        done=("status", lambda s: int((s == "done").sum())),
-        running=("status", lambda s: int((s == "running").sum())),
-    )
-    return counts.merge(best[["r", "lora_alpha", "eval_loss", "lr"]], on=["r", "lora_alpha"], how="left")
-
-
-def plot_heatmap(table: pd.DataFrame) -> go.Figure:
-    """Loss over rank and alpha; dotted lines join cells of equal alpha / r."""
-    ranks, alphas = sorted(set(table["r"])), sorted(set(table["lora_alpha"]))
-    cell: Cells = {
-        (float(r), float(a)): row for r, a, row in zip(table["r"], table["lora_alpha"], table.itertuples(), strict=True)
-    }
-    z = [[_loss(cell.get((r, a))) for r in ranks] for a in alphas]
-    known = [v for line in z for v in line if v is not None]
-    decimals = telling_decimals(known)
-    figure = go.Figure()
-    figure.add_heatmap(
-        z=z,
-        x=list(range(len(ranks))),
-        y=list(range(len(alphas))),
-        zmin=min(known) if known else 0,
-        zmax=max(known) if known else 1,
-        colorscale="Cividis",
-        showscale=bool(known),
-        colorbar={"title": {"text": "loss"}, "thickness": 12},
-        xgap=3,
-        ygap=3,
-        text=[[_cell_text(v, decimals) for v in line] for line in z],
-        texttemplate="%{text}" if known else None,
-        customdata=[[_cell_hover(r, a, cell.get((r, a))) for r in ranks] for a in alphas],
-        hovertemplate="%{customdata}<extra></extra>",
-    )
-    _waiting_marks(figure, ranks, alphas, cell)
-    _equal_ratio_lines(figure, ranks, alphas, cell)
-    base_layout(figure, height=170 + 52 * len(alphas), x="Rank (r)", y="Scaling (alpha)", showlegend=False)
-    figure.update_xaxes(
-        tickvals=list(range(len(ranks))),
-        ticktext=[format_number(r) for r in ranks],
-        range=[-0.5, len(ranks) - 0.5],
-        showgrid=False,
-        zeroline=False,
-    )
-    figure.update_yaxes(
-        tickvals=list(range(len(alphas))),
-        ticktext=[format_number(a) for a in alphas],
-        range=[-0.5, len(alphas) - 0.5],
-        showgrid=False,
-        zeroline=False,
-    )
-    return figure
-
-
-def _loss(row: object) -> float | None:
-    value = getattr(row, "eval_loss", float("nan"))
-    return None if value != value else float(value)  # NaN is not itself
-
-
-def _cell_text(value: float | None, decimals: int) -> str:
-    return "" if value is None else f"{value:.{decimals}f}"
-
-
-def telling_decimals(values: list[float], *, least: int = 2, most: int = 4) -> int:
-    """As few decimals as tell the values apart."""
-    for decimals in range(least, most):
-        if len({f"{value:.{decimals}f}" for value in values}) == len(set(values)):
-            return decimals
-    return most
-
-
-def _cell_hover(r: float, alpha: float, row: object) -> str:
-    head = f"Rank {format_number(r)}, alpha {format_number(alpha)}, alpha / r = {format_ratio(alpha / r)}"
-    if row is None:
-        return f"{head}<br>not in this sweep"
-    value = _loss(row)
-    loss = "" if value is None else f"<br>loss {value:.4f} at learning rate {format_number(getattr(row, 'lr', None))}"
-    return f"{head}{loss}<br>{getattr(row, 'done', 0)} of {plural(getattr(row, 'total', 0), 'run')} done"
-
-
-def _waiting_marks(figure: go.Figure, ranks: list[float], alphas: list[float], cell: Cells) -> None:
-    for word, running in (("running", True), ("queued", False)):
-        spots = [
-            (i, j)
-            for j, a in enumerate(alphas)
-            for i, r in enumerate(ranks)
-            if (row := cell.get((r, a))) is not None
-            and _loss(row) is None
-            and bool(getattr(row, "running", 0)) == running
-        ]
-        if spots:
-            figure.add_scatter(
-                x=[i for i, _ in spots],
-                y=[j for _, j in spots],
-                mode="text",
-                text=[word] * len(spots),
-                textfont={"color": ORANGE if running else GREY},
-                hoverinfo="skip",
-            )
-
-
-def _equal_ratio_lines(figure: go.Figure, ranks: list[float], alphas: list[float], cell: Cells) -> None:
-    by_ratio: dict[float, list[tuple[int, int]]] = {}
-    for i, r in enumerate(ranks):
-        for j, a in enumerate(alphas):
-            if (r, a) in cell:
-                by_ratio.setdefault(round(a / r, 9), []).append((i, j))
-    for ratio, spots in by_ratio.items():
-        if len(spots) < 2:
-            continue
-        figure.add_scatter(
-            x=[i for i, _ in spots],
-            y=[j - 0.32 for _, j in spots],
-            mode="lines",
-            line={"color": "white", "width": 1.2, "dash": "dot"},
-            opacity=0.8,
-            hoverinfo="skip",
-            name=f"alpha / r = {format_ratio(ratio)}",
-        )
-
-
 def cost_by_rank_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """For each rank: r, seconds, seconds_low, seconds_high, peak_bytes, predicted_peak_bytes, runs."""
+    """For each rank: r, seconds, seconds_low, seconds_high, peak_bytes, predicted_peak_bytes, pack_peak_bytes, runs,
+    shared (how many of the runs shared their passes with others; their seconds are equal shares)."""
     done = frame[(frame["status"] == "done") & frame["seconds"].notna()]
+    done = done.assign(shared=done["pack_size"] > 1)
     return (
         done.groupby("r", as_index=False)
         .agg(
@@ -261,6 +146,8 @@ def cost_by_rank_table(frame: pd.DataFrame) -> pd.DataFrame:
             seconds_high=("seconds", "max"),
             peak_bytes=("peak_bytes", "max"),
             predicted_peak_bytes=("predicted_peak_bytes", "max"),
+            pack_peak_bytes=("pack_peak_bytes", "max"),
+            shared=("shared", "sum"),
             runs=("seconds", "size"),
         )
         .sort_values("r", ignore_index=True)
@@ -289,16 +176,29 @@ def plot_time_by_rank(table: pd.DataFrame) -> go.Figure:
         customdata=[plural(int(n), "run") for n in table["runs"]],
         hovertemplate="Rank %{x}: %{y:.1f} s, median of %{customdata}<extra></extra>",
     )
-    base_layout(figure, height=300, x="Rank (r)", y="Time a run, measured (s)", showlegend=False)
+    what = "Share of the pass a run" if table["shared"].any() else "Time a run"
+    base_layout(figure, height=300, x="Rank (r)", y=f"{what}, measured (s)", showlegend=False)
     figure.update_yaxes(rangemode="tozero")
     return rank_axis(figure, table["r"])
 
 
+def decade_ticks(low: float, high: float) -> dict[str, list[float]]:
+    """1, 2, 5, 10, ... from below `low` to above `high`: tick values of a log axis, in plain numbers."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    return {"tickvals": [v for v in values if low / 2.5 <= v <= high * 2.5]}
+
+
 def plot_memory_by_rank(table: pd.DataFrame) -> go.Figure:
-    """Peak memory against rank, measured beside predicted."""
+    """Peak memory against rank, measured beside predicted; of a pack also what all its runs took together."""
     if table.empty:
         return empty_figure(WAITING)
-    columns = {"peak_bytes": ("measured", ORANGE, "solid"), "predicted_peak_bytes": ("predicted", BLUE, "dash")}
+    alone = " alone" if table["shared"].any() else ""
+    columns = {
+        "peak_bytes": (f"measured{alone}", ORANGE, "solid"),
+        "predicted_peak_bytes": (f"predicted{alone}", BLUE, "dash"),
+        "pack_peak_bytes": ("whole pack, measured", GREY_BLUE, "dot"),
+    }
     largest = pd.to_numeric(table[list(columns)].max(axis=None))
     divisor, unit = byte_unit(float(largest) if pd.notna(largest) else 1.0)
     figure = go.Figure()
@@ -316,5 +216,9 @@ def plot_memory_by_rank(table: pd.DataFrame) -> go.Figure:
                 hovertemplate=f"Rank %{{x}}: %{{customdata}} {word}<extra></extra>",
             )
     base_layout(figure, height=300, x="Rank (r)", y=f"Peak memory ({unit})")
-    figure.update_yaxes(rangemode="tozero")
+    known = [float(v) for trace in figure.data for v in trace.y if v == v]
+    if known and max(known) > WIDE_RATIO * min(known):
+        figure.update_yaxes(type="log", **decade_ticks(min(known), max(known)))
+    else:
+        figure.update_yaxes(rangemode="tozero")
     return rank_axis(figure, table["r"])

@@ -9,16 +9,17 @@ import state
 import streamlit as st
 import sweeping
 from data_picker import choose
-from formatting import format_duration, format_number, plural
+from formatting import format_number, plural
 from loop_form import RATES, Loop, predict, run_config, show_notes
 from streamlit.delta_generator import DeltaGenerator
+from sweep_words import predicted_words
 from widgets import explain
 
 from lora_engine.config import DEVICES
 from lora_engine.errors import InputError
 from lora_engine.executors import LocalExecutor
 from lora_engine.runs import runs_frame
-from lora_engine.sweeps import SweepSpec, estimate_sweep_seconds, find_throughput, start_sweep
+from lora_engine.sweeps import SweepSpec, start_sweep
 
 V = TypeVar("V", int, float)
 SEEDS = (0, 1, 2, 3, 4)
@@ -52,10 +53,10 @@ def pick(column: DeltaGenerator, label: str, options: Sequence[V], default: Sequ
 
 
 record = sweeping.find_sweep()
-busy = record is not None and bool(sweeping.active_runs(record.id))
+busy = False
 if record is not None:
     with st.container(border=True):
-        sweeping.show_sweep(record.id)
+        busy = sweeping.show_sweep(record)
 
 st.subheader("Data", anchor=False)
 chosen = choose(settings, preview=False, used=sweeping.data_of(record))
@@ -66,12 +67,17 @@ if chosen is not None and chosen.usable:
     left, right = st.columns(2, gap="large")
     rs = pick(left, "Rank (r)", state.RANKS, (1, 2, 4, 8), "grid_r")
     alphas = pick(left, "Scaling (alpha)", state.ALPHAS, (8.0, 16.0), "grid_alpha")
-    lrs = pick(right, "Learning rate", RATES, (3e-3,), "grid_lr")
+    lrs = pick(right, "Learning rate", RATES, (3e-3, 1e-2), "grid_lr")
     seeds = pick(right, "Seed", SEEDS, (0, 1), "grid_seed")
     left, right = st.columns(2, gap="large")
-    steps = left.number_input("Steps a run", 1, 1_000_000, 60, step=10, key="grid_steps", persist_state="session")
+    steps = left.number_input("Steps a run", 1, 1_000_000, 40, step=10, key="grid_steps", persist_state="session")
     device = right.segmented_control(
         "Device", DEVICES, default="auto", required=True, key="grid_device", persist_state="session"
+    )
+    early_exit = st.toggle("Stop the worst half early", key="grid_early_exit", persist_state="session")
+    st.caption(
+        "At a quarter and again at half of the steps, the half with the higher loss stops; seeds stay together. "
+        "This can drop what would have won in the end: run the full grid afterwards and the page says what it cost."
     )
     show_notes(settings)
     if not (rs and alphas and lrs and seeds):
@@ -85,16 +91,15 @@ if chosen is not None and chosen.usable:
             lora_alphas=tuple(alphas),
             lrs=tuple(lrs),
             seeds=tuple(seeds),
+            early_exit=early_exit,
         )
     except InputError as error:
         st.error(str(error))
         st.stop()
     if predict(base, report) is not None:
-        throughput = find_throughput(base, runs_frame(cache.ledger()))
-        seconds = estimate_sweep_seconds(spec, throughput=throughput)
         st.markdown(
-            f"**{plural(spec.num_runs, 'run')}** of {plural(int(steps), 'step')}, one after another: about "
-            f"{format_duration(seconds)} ({throughput.basis})."
+            f"**{plural(spec.num_runs, 'run')}** of {plural(int(steps), 'step')}: "
+            f"{predicted_words(spec, runs_frame(cache.ledger()))}."
         )
         if st.button("Start", type="primary", key="start_sweep", disabled=busy, icon=":material/play_arrow:"):
             start(spec, report)
@@ -112,7 +117,8 @@ def _formula() -> None:
 
 
 explain(
-    "A sweep trains the same data with every combination of rank, alpha, learning rate and seed. With alpha / r "
-    "scaling, alpha acts much like a learning rate: compare ranks at their best learning rate, not at one.",
+    "A sweep trains the same data with every combination of rank, alpha, learning rate and seed; runs that can share "
+    "one pass over the frozen base do. With alpha / r scaling, alpha acts much like a learning rate: compare ranks at "
+    "their best learning rate, not at one.",
     _formula,
 )

@@ -43,6 +43,7 @@ RUN_COLUMNS = {
     "lr": "float64",
     "seed": "int64",
     "steps": "int64",  # planned
+    "last_step": "float64",  # done so far
     "batch_size": "int64",  # sequences an optimizer step, accumulation included
     "max_length": "int64",
     "precision": "str",
@@ -50,13 +51,19 @@ RUN_COLUMNS = {
     "trainable_parameters": "float64",
     "eval_loss_before": "float64",
     "eval_loss_after": "float64",
-    "seconds": "float64",  # spent in steps
+    "last_eval_step": "float64",  # the latest evaluation, of a run that is not over too
+    "last_eval_loss": "float64",
+    "seconds": "float64",  # spent in steps; of a run that shared its passes, an equal share of them
     "wall_seconds": "float64",  # from its first start to its end
     "tokens_per_second": "float64",
-    "peak_bytes": "float64",  # measured
+    "started_seconds": "float64",  # epoch seconds of its first start
+    "finished_seconds": "float64",
+    "peak_bytes": "float64",  # measured; of a run that shared its passes, one step of it alone
+    "pack_peak_bytes": "float64",  # measured, of all that shared its passes together
     "predicted_peak_bytes": "float64",
     "adapter_bytes": "float64",
     "pack_size": "float64",  # runs that shared its passes, itself included; 1 where it was trained alone in a sweep
+    "pack_reason": "str",  # why so many: what was measured, or what forbids packing
     "pack_seconds": "float64",  # spent in steps by the whole pack; `seconds` is the run's share
     "alone_step_seconds": "float64",  # what a step of one run took by itself, as probed before packing
     "early_exit_step": "float64",  # where early exit dropped it, also if it was trained to the end afterwards
@@ -94,8 +101,12 @@ def evals_frame(ledger: Ledger, run_ids: Sequence[str]) -> pd.DataFrame:
 
 def runs_frame(ledger: Ledger, sweep_id: str | None = None) -> pd.DataFrame:
     """One row a run (RUN_COLUMNS), oldest first, so that a sweep's rows are in grid order; unknown is NaN."""
-    records = reversed(ledger.list_runs(sweep_id=sweep_id))
-    return _frame([_run_row(record) for record in records], RUN_COLUMNS)
+    return records_frame(ledger.list_runs(sweep_id=sweep_id))
+
+
+def records_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """`runs_frame` of records that were read already, newest first as `Ledger.list_runs` gives them."""
+    return _frame([_run_row(record) for record in reversed(records)], RUN_COLUMNS)
 
 
 def accuracy_frame(ledger: Ledger) -> pd.DataFrame:
@@ -149,6 +160,7 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
         "lr": train.get("lr"),
         "seed": train.get("seed", 0),
         "steps": record.num_steps,
+        "last_step": record.last_step,
         "batch_size": train.get("batch_size", 1) * train.get("accumulation", 1),
         "max_length": train.get("max_length", 0),
         "precision": train.get("precision"),
@@ -156,13 +168,19 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
         "trainable_parameters": _first(result.get("trainable_parameters"), prediction.get("trainable_parameters")),
         "eval_loss_before": result.get("eval_loss_before"),
         "eval_loss_after": result.get("eval_loss_after"),
+        "last_eval_step": record.last_eval_step,
+        "last_eval_loss": record.last_eval_loss,
         "seconds": result.get("seconds"),
         "wall_seconds": wall,
+        "started_seconds": record.started_seconds,
+        "finished_seconds": record.finished_seconds,
         "tokens_per_second": result.get("tokens_per_second"),
         "peak_bytes": result.get("peak_bytes"),
+        "pack_peak_bytes": pack.get("peak_bytes"),
         "predicted_peak_bytes": _first(result.get("predicted_peak_bytes"), prediction.get("peak_bytes")),
         "adapter_bytes": result.get("adapter_bytes"),
         "pack_size": pack.get("size"),
+        "pack_reason": pack.get("reason"),
         "pack_seconds": pack.get("seconds"),
         "alone_step_seconds": pack.get("alone_step_seconds"),
         "early_exit_step": early_exit.get("step"),

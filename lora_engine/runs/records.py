@@ -42,6 +42,7 @@ class RunRecord:
     num_steps: int
     last_step: int | None
     last_train_loss: float | None
+    last_eval_step: int | None
     last_eval_loss: float | None
     cancel_requested: bool
     pid: int | None
@@ -125,7 +126,7 @@ def run_from_row(row: sqlite3.Row) -> RunRecord:
     # SQLite keeps NaN as NULL: a step without a loss is one whose loss was not a number.
     if values["last_step"] is not None and values["last_train_loss"] is None:
         values["last_train_loss"] = math.nan
-    if values.pop("last_eval_step") is not None and values["last_eval_loss"] is None:
+    if values["last_eval_step"] is not None and values["last_eval_loss"] is None:
         values["last_eval_loss"] = math.nan
     return RunRecord(**values)
 

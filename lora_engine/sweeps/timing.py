@@ -132,14 +132,21 @@ def _pack_size(frame: pd.DataFrame) -> "pd.Series[Any]":
 
 
 def _timed_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
-    """Done runs with the seconds that they take alone: of packed ones what was probed, else they tell nothing."""
+    """Done runs with the seconds that they take alone: of packed ones what was probed, else they tell nothing.
+
+    A worker claims many runs of a sweep at once, so each one's wall time holds its waiting for others: what a run did
+    beside its steps is an equal share of what the sweep did."""
     done = _done_runs(frame)
-    packed = _pack_size(done) > 1
-    if not packed.any():
+    in_sweep = done["pack_size"].notna() if "pack_size" in done.columns else pd.Series(False, index=done.index)
+    if not in_sweep.any():
         return done
-    alone = done["alone_step_seconds"] * done["steps"]
-    seconds = done["seconds"].where(~packed, alone)
-    done = done.assign(seconds=seconds, wall_seconds=done["wall_seconds"].where(~packed))
+    alone = (done["alone_step_seconds"] * done["steps"]).where(done["pack_size"] > 1, done["seconds"])
+    swept = done[in_sweep].groupby("sweep_id")
+    beside = ((swept["wall_seconds"].max() - swept["seconds"].sum()) / swept.size()).clip(lower=0.0)
+    wall = alone + done["sweep_id"].map(beside)
+    done = done.assign(
+        seconds=done["seconds"].where(~in_sweep, alone), wall_seconds=done["wall_seconds"].where(~in_sweep, wall)
+    )
     return done[done["seconds"].notna()]
 
 

@@ -1,12 +1,13 @@
 """Pages as Streamlit runs them, without a browser, and runs to show on them."""
 
+import json
 import os
 from pathlib import Path
 
 from streamlit.testing.v1 import AppTest
 
 from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig, to_dict
-from lora_engine.runs import Ledger
+from lora_engine.runs import Ledger, store_upload
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ROOT / "app" / "main.py"
@@ -18,6 +19,15 @@ PAGES = (
     "views/runs.py",
     "views/accuracy.py",
 )
+
+
+PARCELS = [{"prompt": f"Where is parcel {i}", "completion": f"It left on day {i}."} for i in range(30)]
+
+
+def parcels(home):
+    """The name of a good file, now kept at home."""
+    path = store_upload(home, "parcels.jsonl", "\n".join(json.dumps(row) for row in PARCELS).encode())
+    return f"{path.parent.name}/{path.name}"
 
 
 def open_page(page=PAGES[0], **parameters):

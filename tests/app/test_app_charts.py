@@ -8,6 +8,8 @@ import pytest
 from charts.common import faded
 from charts.explore import _places
 
+NAN = float("nan")
+
 
 def runs(*, done=True, rs=(1, 4), alphas=(8.0, 16.0), lrs=(1e-3, 3e-3), seeds=(0, 1)):
     """A sweep's tidy table; loss falls with rank and depends on alpha and rate a little."""
@@ -20,6 +22,8 @@ def runs(*, done=True, rs=(1, 4), alphas=(8.0, 16.0), lrs=(1e-3, 3e-3), seeds=(0
                 "eval_loss_after": 4 - 0.1 * r + 0.01 * seed + alpha / 1000 + lr if done else float("nan"),
                 "trainable_parameters": 1000.0 * r, "seconds": 10.0 + r + seed, "peak_bytes": 2.0**20 * (50 + r),
                 "predicted_peak_bytes": 2.0**20 * (52 + r), "adapter_bytes": 4000.0 * r,
+                "steps": 40, "last_step": 40.0 if done else NAN, "last_eval_step": NAN, "last_eval_loss": NAN,
+                "pack_size": NAN, "pack_peak_bytes": NAN, "early_exit_step": NAN, "early_exit_loss": NAN,
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -110,6 +114,11 @@ def test_loss_by_rank_shows_the_band_only_with_seeds(best):
     assert alone.layout.showlegend is False
 
 
+def test_loss_by_rank_at_one_rate_says_so(best):
+    line = charts.plot_loss_by_rank(best, rate=3e-3).data[1]
+    assert line.name == "best over alpha, learning rate 0.003 alone, mean"
+
+
 def test_pareto_front_holds_what_nothing_smaller_beats():
     cells = pd.DataFrame(
         {
@@ -123,36 +132,6 @@ def test_pareto_front_holds_what_nothing_smaller_beats():
     figure = charts.plot_pareto(table)
     assert [trace.name for trace in figure.data] == ["beaten by something smaller", "Pareto front"]
     assert figure.layout.xaxis.type == "log"
-
-
-def test_heatmap_table_counts_what_is_still_to_come():
-    from lora_engine.sweeps import best_over
-
-    frame = runs()
-    frame.loc[frame["r"] == 4, ["status", "eval_loss_after"]] = ["queued", float("nan")]
-    frame.loc[frame.index[frame["r"] == 4][0], "status"] = "running"
-    table = charts.heatmap_table(frame, best_over(frame, ("r", "lora_alpha")))
-    assert list(zip(table["r"], table["lora_alpha"], strict=True)) == [(1, 8), (1, 16), (4, 8), (4, 16)]
-    assert list(table["done"]) == [4, 4, 0, 0]
-    assert list(table["running"]) == [0, 0, 1, 0]
-    assert table["eval_loss"].notna().tolist() == [True, True, False, False]
-    assert table["eval_loss"].iloc[0] == pytest.approx(
-        4 - 0.1 + 0.005 + 0.008 + 0.001
-    )  # the better rate, mean of seeds
-
-
-def test_heatmap_says_what_each_cell_waits_for_and_joins_equal_ratios():
-    from lora_engine.sweeps import best_over
-
-    frame = runs(rs=(1, 2), alphas=(8.0, 16.0))
-    frame.loc[(frame["r"] == 2) & (frame["lora_alpha"] == 8), ["status", "eval_loss_after"]] = ["queued", float("nan")]
-    figure = charts.plot_heatmap(charts.heatmap_table(frame, best_over(frame, ("r", "lora_alpha"))))
-    heatmap = figure.data[0]
-    assert heatmap.z[0][1] is None
-    assert heatmap.text[0][1] == ""
-    assert "alpha / r = 8.0" in heatmap.customdata[0][0]
-    assert any(trace.mode == "text" and list(trace.text) == ["queued"] for trace in figure.data[1:])
-    assert [trace.name for trace in figure.data[1:] if trace.mode == "lines"] == ["alpha / r = 8.0"]
 
 
 def test_an_empty_sweep_draws_nothing_but_words():
@@ -175,6 +154,7 @@ def test_costs_by_rank():
     assert list(table["seconds"]) == [11.5, 14.5]
     assert list(table["seconds_low"]) == [11.0, 14.0]
     assert list(table["runs"]) == [8, 8]
+    assert list(table["shared"]) == [0, 0]
     time = charts.plot_time_by_rank(table)
     assert time.layout.yaxis.rangemode == "tozero"
     assert list(time.data[0].error_y.array) == [0.5, 0.5]
@@ -182,6 +162,20 @@ def test_costs_by_rank():
     assert [trace.name for trace in memory_figure.data] == ["measured", "predicted"]
     assert list(memory_figure.data[0].y) == [51, 54]
     assert titles(memory_figure)[1] == "Peak memory (MiB)"
+
+
+def test_costs_of_runs_that_shared_their_passes_say_so():
+    frame = runs().assign(pack_size=8.0, pack_peak_bytes=2.0**20 * 600)
+    frame.loc[frame["r"] == 4, "pack_size"] = 1  # went alone, in the same sweep
+    table = charts.cost_by_rank_table(frame)
+    assert list(table["shared"]) == [8, 0]
+    assert titles(charts.plot_time_by_rank(table))[1] == "Share of the pass a run, measured (s)"
+    figure = charts.plot_memory_by_rank(table)
+    assert [trace.name for trace in figure.data] == ["measured alone", "predicted alone", "whole pack, measured"]
+    assert list(figure.data[2].y) == [600, 600]
+    # 51 beside 600 from a baseline of zero: the two lines below would be one.
+    assert figure.layout.yaxis.type == "log"
+    assert {50, 100, 200, 500} <= set(figure.layout.yaxis.tickvals)
 
 
 def test_curves_have_steps_smoothing_and_evaluations():

@@ -6,21 +6,16 @@ import subprocess
 import sys
 
 import pytest
-from app_pages import MAIN, PAGES, ROOT, finished_run, open_page, texts
+from app_pages import MAIN, PAGES, PARCELS, ROOT, finished_run, open_page, parcels, texts
 from bad_uploads import BAD_UPLOADS
 
-from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig, to_dict
 from lora_engine.runs import Ledger, store_upload
-
-ROWS = [{"prompt": f"Where is parcel {i}", "completion": f"It left on day {i}."} for i in range(30)]
 
 
 @pytest.fixture
 def upload(home):
     """The name of a good file kept at home."""
-    lines = "\n".join(json.dumps(row) for row in ROWS)
-    path = store_upload(home, "parcels.jsonl", lines.encode())
-    return f"{path.parent.name}/{path.name}"
+    return parcels(home)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -178,61 +173,6 @@ def test_a_run_that_is_not_there_is_forgotten():
     assert not app.error
 
 
-def sweep_of(home, losses):
-    """A finished sweep over ranks; `losses` maps r to one loss a seed."""
-    seeds = range(len(next(iter(losses.values()))))
-    configs = [
-        (
-            r,
-            seed,
-            RunConfig(data=DataConfig(path="p.jsonl"), method=LoraConfig(r=r), train=TrainConfig(steps=4, seed=seed)),
-        )
-        for r in losses
-        for seed in seeds
-    ]
-    sweep_id, run_ids = Ledger(home).create_sweep({}, [(to_dict(c), {"peak_bytes": 2**27}) for _, _, c in configs])
-    for (r, seed, _), run_id in zip(configs, run_ids, strict=True):
-        finished_run(home, r=r, seed=seed, loss=losses[r][seed], sweep=run_id)
-    return sweep_id
-
-
-def test_a_finished_sweep_gives_advice_and_charts(home):
-    sweep_id = sweep_of(home, {1: (4.5, 4.52), 4: (3.94, 3.96), 16: (3.93, 3.97)})
-    app = open_page("views/sweep.py", sweep=sweep_id)
-    headings = [heading.value for heading in app.subheader]
-    assert "Rank 4 is" in headings[0]
-    for expected in ("Loss against rank", "Loss against trainable parameters", "Loss over rank and alpha", "Every run"):
-        assert expected in headings
-
-
-def test_the_grid_counts_its_runs_before_the_start(home, upload, monkeypatch):
-    from lora_engine.executors import LocalExecutor
-
-    submitted = []
-    monkeypatch.setattr(LocalExecutor, "submit", lambda _self, run_ids: submitted.extend(run_ids))
-    app = open_page("views/sweep.py", data=upload)
-    assert "**16 runs** of 60 steps" in texts(app)
-    app.button_group(key="grid_seed").set_value([0]).run()
-    assert "**8 runs** of 60 steps" in texts(app)
-    app.button(key="start_sweep").click().run()
-    assert not app.exception
-    assert len(submitted) == 8
-    assert {run.config["method"]["r"] for run in Ledger(home).list_runs()} == {1, 2, 4, 8}
-
-
-def test_an_unfinished_sweep_offers_to_resume(upload, monkeypatch):
-    from lora_engine.executors import LocalExecutor
-
-    submitted = []
-    monkeypatch.setattr(LocalExecutor, "submit", lambda _self, run_ids: submitted.extend(run_ids))
-    app = open_page("views/sweep.py", data=upload)
-    app.button(key="start_sweep").click().run()
-    sweep_id = app.session_state["_sweep"]
-    submitted.clear()
-    app.button(key=f"resume_{sweep_id}").click().run()
-    assert len(submitted) == 16
-
-
 def test_runs_page_filters_by_words_and_status(home):
     finished_run(home, r=2)
     finished_run(home, r=4, status="cancelled")
@@ -263,7 +203,7 @@ print([name for name in ("torch", "transformers", "peft") if name in sys.modules
 
 def test_an_upload_is_kept_at_home_and_named_in_the_address(home):
     app = open_page("views/finetune.py")
-    content = "\n".join(json.dumps(row) for row in ROWS).encode()
+    content = "\n".join(json.dumps(row) for row in PARCELS).encode()
     app.file_uploader(key="upload").upload("parcels.jsonl", content, "application/jsonl").run()
     assert not app.error
     assert "30 of 30 rows kept" in texts(app)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, TrainConfig, to_dict
-from lora_engine.runs import Ledger, accuracy_frame, evals_frame, runs_frame, steps_frame, this_process
+from lora_engine.runs import Ledger, accuracy_frame, evals_frame, records_frame, runs_frame, steps_frame, this_process
 from lora_engine.runs.frames import ACCURACY_COLUMNS, EVAL_COLUMNS, RUN_COLUMNS, STEP_COLUMNS
 
 RESULT = {
@@ -83,6 +83,29 @@ def test_runs_of_one_sweep_in_grid_order(ledger: Ledger) -> None:
     frame = runs_frame(ledger, sweep_id)
     assert list(frame["run_id"]) == run_ids
     assert set(frame["sweep_id"]) == {sweep_id}
+
+
+def test_what_a_run_shared_and_how_far_it_is(ledger: Ledger) -> None:
+    going, packed, dropped = (ledger.create_run(to_dict(LORA), num_steps=7) for _ in range(3))
+    for run_id in (going, packed, dropped):
+        ledger.claim_run(run_id, *this_process())
+        ledger.record_step(run_id, 4, train_loss=2.0, lr=0.1, grad_norm=0.5, tokens=9, seconds=0.25)
+        ledger.record_eval(run_id, 3, eval_loss=2.5)
+    pack = {"size": 3, "seconds": 6.0, "peak_bytes": 2**30, "alone_step_seconds": 0.5, "reason": "three fit"}
+    ledger.finish_run(packed, "done", result=RESULT | {"pack": pack})
+    ledger.finish_run(dropped, "cancelled", result={"early_exit": {"step": 3, "eval_loss": 2.5}})
+    frame = runs_frame(ledger)
+    assert records_frame(ledger.list_runs()).equals(frame)
+    assert dtypes(frame) == RUN_COLUMNS
+    rows = frame.set_index("run_id")
+    assert rows[["last_step", "last_eval_step", "last_eval_loss"]].to_numpy().tolist() == [[4, 3, 2.5]] * 3
+    columns = ["pack_size", "pack_seconds", "pack_peak_bytes", "alone_step_seconds"]
+    assert rows.loc[packed, columns].tolist() == [3, 6.0, 2**30, 0.5]
+    assert rows.loc[packed, "pack_reason"] == "three fit"
+    assert rows.loc[[going, dropped], columns].isna().all(axis=None)
+    assert rows.loc[dropped, ["early_exit_step", "early_exit_loss"]].tolist() == [3, 2.5]
+    assert rows.loc[going, ["early_exit_step", "finished_seconds"]].isna().all()
+    assert rows.loc[packed, "finished_seconds"] >= rows.loc[packed, "started_seconds"]
 
 
 def test_a_config_of_another_version_still_has_a_row(ledger: Ledger) -> None:
