@@ -24,7 +24,8 @@ def markdown() -> str:
 def taken_on(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
     memory = machine["memory_bytes"] / 2**30
-    return f"<sub>{machine['date']}, {machine['cores']} cores of {machine['processor']}, {memory:.0f} GiB; {versions}.</sub>"
+    where = f"{machine['cores']} cores of {machine['processor']}, {memory:.0f} GiB"
+    return f"<sub>{machine['date']}, {where}; {versions}.</sub>"
 
 
 def grid_section(figures: dict[str, Any]) -> str:
@@ -82,9 +83,9 @@ def early_exit_section(figures: dict[str, Any]) -> str:
     regret = figures["regret"]
     dropped = "was dropped" if regret["best_was_dropped"] else "was kept"
     text = (
-        f"Early exit saved {100 * figures['share_saved']:.0f} % of the packed time. The full grid's best cell {dropped}; "
-        f"the loss given up is {regret['regret_nats']:.4f} nats, of {regret['spread_nats']:.2f} between the best and "
-        "the worst cell."
+        f"Early exit saved {100 * figures['share_saved']:.0f} % of the packed time. "
+        f"The full grid's best cell {dropped}; the loss given up is {regret['regret_nats']:.4f} nats, "
+        f"of {regret['spread_nats']:.2f} between the best and the worst cell."
     )
     head = f"{figures['runs']} runs of {figures['steps']} steps"
     return _table([head, "whole sweep", "times faster", "runs finished"], lines) + "\n\n" + text
