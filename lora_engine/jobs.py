@@ -1,30 +1,17 @@
 """Whole jobs, put together from the floors below: a run from its config to its files, and text from a finished run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_engine import export
-from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig, run_config_from_dict, to_dict
-from lora_engine.data import (
-    IGNORED,
-    Dataset,
-    Encoded,
-    TextTokenizer,
-    class_names,
-    encode_classes,
-    encode_examples,
-    encode_prompt,
-    encode_text,
-    load_tokenizer,
-    read_dataset,
-    split_examples,
-)
-from lora_engine.errors import ConfigError, DataError
+from lora_engine.config import LoraConfig, RunConfig, TrainConfig, run_config_from_dict, to_dict
+from lora_engine.data import Encoded, class_names, encode_prompt, encode_text, load_tokenizer, read_dataset
+from lora_engine.errors import ConfigError
 from lora_engine.methods import inject, lora, trainable_parameters
-from lora_engine.methods.quantized import num_parameters
+from lora_engine.session import Loaded, Session, classify, load_rows, sample_prompt
 from lora_engine.training.base import autocast_of, check_context, load_base, resolve_device, resolve_model
 from lora_engine.training.batches import evaluation_batches
 from lora_engine.training.generate import generate_text
@@ -33,39 +20,8 @@ from lora_engine.training.loss import accuracy, confusion_matrix, evaluate, macr
 
 CHECKPOINT = "checkpoint.safetensors"
 ADAPTER = "adapter"
-SAMPLE_TOKENS = 48
 
-
-def load_rows(
-    data: DataConfig, tokenizer: TextTokenizer, max_length: int
-) -> tuple[Dataset, list[Encoded], list[Encoded]]:
-    """(dataset, train rows, evaluation rows). Raises DataError when a side trains on nothing."""
-    dataset = read_dataset(data.path, task=data.task, columns=data.columns, encoding=data.encoding)
-    sides = split_examples(dataset.examples, data.eval_share, data.split_seed)
-    classes = class_names(dataset)
-    train_rows, eval_rows = (
-        encode_classes(side, classes, tokenizer, max_length)
-        if classes
-        else encode_examples(side, tokenizer, max_length)
-        for side in sides
-    )
-    if not train_rows or not eval_rows:
-        raise DataError(
-            f"max_length is {max_length}; no row keeps a trained token within it: "
-            "shorten the prompts or raise max_length."
-        )
-    return dataset, train_rows, eval_rows
-
-
-def sample_prompt(config: RunConfig, dataset: Dataset, eval_rows: list[Encoded], tokenizer: TextTokenizer) -> list[int]:
-    """Token ids that the before/after sample continues, or labels."""
-    row = eval_rows[0]
-    if row.label is not None:
-        return encode_text(config.prompt, tokenizer, config.train.max_length)[0] if config.prompt else row.input_ids
-    if config.prompt:
-        return encode_prompt(config.prompt, tokenizer, dataset.task)
-    first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
-    return row.input_ids[: first or min(24, len(row.input_ids) // 2)]
+__all__ = ["ADAPTER", "CHECKPOINT", "classify", "execute_run", "generate_from_run", "load_rows", "sample_prompt"]
 
 
 def execute_run(
@@ -74,29 +30,28 @@ def execute_run(
     *,
     callbacks: Callbacks | None = None,
     note: Callable[[str], None] = lambda _text: None,
+    session: Session | None = None,
 ) -> tuple[LoopState, dict[str, Any]]:
     """Do the run in `folder` (checkpoint, adapter); (state, result), the result empty when it was stopped.
 
+    With a `session`, runs on one base share what it loaded; what comes out is the same to the bit.
     Raises InputError for what the request got wrong."""
     folder.mkdir(parents=True, exist_ok=True)
-    note("reading the data")
-    device = resolve_device(config.train.device)
-    base_folder = resolve_model(config.model)
-    tokenizer = load_tokenizer(base_folder)
-    dataset, train_rows, eval_rows = load_rows(config.data, tokenizer, config.train.max_length)
-    classes = class_names(dataset)
-    prompt_ids = sample_prompt(config, dataset, eval_rows, tokenizer)
+    session = session or Session()
+    loaded = session.open(config, note)
+    try:
+        finished = _execute(config, folder, loaded, callbacks, note)
+    except Exception:
+        session.forget()  # what became of the model is not known
+        raise
+    session.close(config)
+    return finished
 
-    def answer() -> str:
-        if classes:
-            return classify(model, prompt_ids, classes)
-        return generate_text(model, tokenizer, prompt_ids, max_new_tokens=SAMPLE_TOKENS)
 
-    note("loading the base model")
-    model = load_base(base_folder, config.train, device, classes=classes, pad_id=tokenizer.pad_id)
-    total = num_parameters(model)
-    before = answer()
-    model = inject(model, config.method, seed=config.train.seed)
+def _execute(
+    config: RunConfig, folder: Path, loaded: Loaded, callbacks: Callbacks | None, note: Callable[[str], None]
+) -> tuple[LoopState, dict[str, Any]]:
+    model = inject(loaded.model, config.method, seed=config.train.seed)
     check_context(model, config.train)  # a prefix takes places of its own
     trainable = sum(p.numel() for p in trainable_parameters(model))
     if not trainable:
@@ -105,10 +60,10 @@ def execute_run(
     note("training")
     state = train(
         model,
-        train_rows,
-        eval_rows,
+        loaded.train_rows,
+        loaded.eval_rows,
         config.train,
-        pad_id=tokenizer.pad_id,
+        pad_id=loaded.tokenizer.pad_id,
         checkpoint=folder / CHECKPOINT,
         callbacks=callbacks,
     )
@@ -116,17 +71,25 @@ def execute_run(
         return state, {}
 
     note("writing a sample and the adapter")
-    after = answer()
+    return state, leave_behind(config, folder, loaded, state, trainable=trainable, after=loaded.answer())
+
+
+def leave_behind(
+    config: RunConfig, folder: Path, loaded: Loaded, state: LoopState, *, trainable: int, after: str
+) -> dict[str, Any]:
+    """Write the adapter of the trained model in `loaded`; the run's result. `after` is its text."""
+    model, device = loaded.model, loaded.device
     adapter_bytes = export.save_trained(
-        model, config.method, base_model=config.model, base_folder=base_folder, out=folder / ADAPTER
+        model, config.method, base_model=config.model, base_folder=loaded.base_folder, out=folder / ADAPTER
     )
-    return state, {
+    prompt = loaded.tokenizer.decode(loaded.prompt_ids, skip_special=True)
+    return {
         "method": config.method.method,
         "trainable_parameters": trainable,
-        "total_parameters": total,
+        "total_parameters": loaded.num_parameters,
         "eval_loss_before": state.eval_loss_before,
         "eval_loss_after": state.eval_loss_after,
-        **class_figures(model, eval_rows, classes, config.train, tokenizer.pad_id),
+        **class_figures(model, loaded.eval_rows, loaded.classes, config.train, loaded.tokenizer.pad_id),
         "steps": state.step,
         "seconds": state.seconds,
         "step_seconds": state.seconds / max(1, state.step),
@@ -137,7 +100,7 @@ def execute_run(
         "adapter_bytes": adapter_bytes,
         "adapter_path": ADAPTER,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "sample": {"prompt": tokenizer.decode(prompt_ids, skip_special=True), "before": before, "after": after},
+        "sample": {"prompt": prompt, "before": loaded.before, "after": after},
     }
 
 
@@ -157,16 +120,6 @@ def class_figures(
         "classes": list(classes),
         "confusion_matrix": matrix,
     }
-
-
-@torch.no_grad()
-def classify(model: Any, ids: list[int], classes: Sequence[str]) -> str:
-    """The class that `model` gives the text `ids`."""
-    was_training = model.training
-    model.eval()
-    logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits
-    model.train(was_training)
-    return classes[int(logits[0].argmax())]
 
 
 def generate_from_run(

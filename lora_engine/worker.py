@@ -1,19 +1,23 @@
-"""python -m lora_engine.worker --home HOME RUN_ID [RUN_ID ...]: do these runs, one after another.
+"""python -m lora_engine.worker --home HOME RUN_ID [RUN_ID ...]: do these runs.
 
 Started detached by an executor; everything it has to say goes into the ledger. A run that another
-worker holds is skipped, a failing run is written down and the next one begins."""
+worker holds is skipped, a failing run is written down and the next one begins. Runs of a sweep are packed where that
+is possible (`lora_engine.sweep_worker`), all others go one after another; torch and the base model are loaded once."""
 
 import argparse
-import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from lora_engine.config import run_config_from_dict
-from lora_engine.errors import LoraExplorerError
-from lora_engine.runs import Ledger
+from lora_engine.errors import LoraExplorerError, NotFoundError
+from lora_engine.runs import Ledger, RunRecord, this_process
+
+if TYPE_CHECKING:
+    from lora_engine.session import Session
+    from lora_engine.training.loop import Callbacks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,40 +27,151 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_ids", nargs="+")
     arguments = parser.parse_args(argv)
     ledger = Ledger(arguments.home)
-    outcomes = [work_on(ledger, run_id) for run_id in arguments.run_ids]
+    outcomes = work_through(ledger, arguments.run_ids)
     return 1 if "failed" in outcomes else 0
 
 
-def work_on(ledger: Ledger, run_id: str) -> str:
+def work_through(ledger: Ledger, run_ids: Sequence[str]) -> list[str]:
+    """What became of each run, in no particular order."""
+    held = Held()
+    outcomes: list[str] = []
+    for together in _divide(ledger, run_ids):
+        if isinstance(together, str):
+            outcomes.append(work_on(ledger, together, held))
+        else:
+            from lora_engine.sweep_worker import work_on_sweep
+
+            outcomes += work_on_sweep(ledger, together, held)
+    return outcomes
+
+
+def _divide(ledger: Ledger, run_ids: Sequence[str]) -> list[str | list[str]]:
+    """Single runs, and lists of those that belong to one grid."""
+    divided: list[str | list[str]] = []
+    by_sweep: dict[str, list[str]] = {}
+    for run_id in run_ids:
+        try:
+            sweep_id = ledger.get_run(run_id).sweep_id
+        except NotFoundError:  # deleted meanwhile
+            continue
+        # Only a grid's spec has ranks; a comparison trains one method after another.
+        if sweep_id is None or "rs" not in ledger.get_sweep(sweep_id).spec:
+            divided.append(run_id)
+        elif sweep_id in by_sweep:
+            by_sweep[sweep_id].append(run_id)
+        else:
+            by_sweep[sweep_id] = [run_id]
+            divided.append(by_sweep[sweep_id])
+    return divided
+
+
+class Held:
+    """A worker's session, made when torch is there."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+
+    def session(self) -> "Session":
+        if self._session is None:
+            from lora_engine.session import Session
+
+            self._session = Session()
+        return self._session
+
+
+def work_on(ledger: Ledger, run_id: str, held: Held | None = None) -> str:
     """Claim and do one run; what became of it: done, cancelled, failed or skipped."""
-    pid = os.getpid()
-    if not ledger.claim_run(run_id, pid, psutil.Process(pid).create_time()):
+    if not ledger.claim_run(run_id, *this_process()):
         return "skipped"
+    held = held or Held()
+    # Closing the last connection writes the log back to disk: once a run, not once a step.
+    with ledger.kept_open():
+        return guarded(ledger, [run_id], lambda: train_one(ledger, run_id, held.session()))
+
+
+def guarded(ledger: Ledger, run_ids: Sequence[str], work: Callable[[], str]) -> str:
+    """`work()`; when it fails, every one of these runs says why and the answer is "failed"."""
     try:
-        # Closing the last connection writes the log back to disk: once a run, not once a step.
-        with ledger.kept_open():
-            status = _train(ledger, run_id)
+        return work()
     except LoraExplorerError as error:
-        status = "failed"
-        ledger.finish_run(run_id, status, result=None, error=str(error))
+        why = str(error)
     except Exception as error:
-        status = "failed"
         traceback.print_exc(file=sys.stderr)
-        ledger.finish_run(run_id, status, result=None, error=_in_words(error))
-    return status
+        why = _in_words(error)
+    for run_id in run_ids:
+        fail(ledger, run_id, why)
+    return "failed"
 
 
-def _train(ledger: Ledger, run_id: str) -> str:
+def fail(ledger: Ledger, run_id: str, why: str) -> None:
+    """Close a run as failed."""
+    ledger.finish_run(run_id, "failed", result=early_exit_of(ledger.get_run(run_id)) or None, error=why)
+
+
+def early_exit_of(record: RunRecord) -> dict[str, Any]:
+    """`early_exit` where the run was dropped once: it stays in the result, whatever becomes of the run."""
+    kept = (record.result or {}).get("early_exit")
+    return {"early_exit": kept} if kept else {}
+
+
+def train_one(
+    ledger: Ledger,
+    run_id: str,
+    session: "Session",
+    *,
+    until: int | None = None,
+    more: dict[str, Any] | None = None,
+) -> str:
+    """Do one run that was claimed: done, cancelled, or, once it reached step `until`, "waiting" with a checkpoint.
+
+    `more` is added to the result."""
     # After the claim, so that the page shows at once that somebody is at work: these take seconds.
     ledger.note_progress(run_id, "starting torch")
     from lora_engine.jobs import CHECKPOINT, execute_run
-    from lora_engine.training.loop import Callbacks, StepReport
 
     record = ledger.get_run(run_id)
     folder = ledger.run_folder(run_id)
-    ledger.forget_after(run_id, _checkpoint_step(folder / CHECKPOINT))
+    start = checkpoint_step(folder / CHECKPOINT)
+    ledger.forget_after(run_id, start)
+    state, result = execute_run(
+        run_config_from_dict(record.config),
+        folder,
+        callbacks=_callbacks(ledger, run_id, start, until),
+        note=lambda text: ledger.note_progress(run_id, text),
+        session=session,
+    )
+    if not state.stopped:
+        finish(ledger, record, result | (more or {}))
+        return "done"
+    if until is not None and state.step >= until and not ledger.cancel_requested(run_id):
+        return "waiting"
+    return stop(ledger, record)
+
+
+def stop(ledger: Ledger, record: RunRecord) -> str:
+    """Close a run as cancelled; its checkpoint stays."""
+    ledger.finish_run(record.id, "cancelled", result=early_exit_of(record) or None, error=None)
+    return "cancelled"
+
+
+def finish(ledger: Ledger, record: RunRecord, result: dict[str, Any]) -> None:
+    """Close a run as done, beside what was predicted for it."""
+    from lora_engine.jobs import CHECKPOINT
+
+    predicted = (record.prediction or {}).get("peak_bytes")
+    result = result | {"predicted_peak_bytes": predicted} | early_exit_of(record)
+    ledger.finish_run(record.id, "done", result=result, error=None)
+    (ledger.run_folder(record.id) / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _callbacks(ledger: Ledger, run_id: str, start: int, until: int | None) -> "Callbacks":
+    from lora_engine.training.loop import Callbacks, StepReport
+
+    reached = start
 
     def on_step(report: StepReport) -> None:
+        nonlocal reached
+        reached = report.step
         ledger.record_step(
             run_id,
             report.step,
@@ -67,27 +182,14 @@ def _train(ledger: Ledger, run_id: str) -> str:
             seconds=report.seconds,
         )
 
-    callbacks = Callbacks(
+    return Callbacks(
         on_step=on_step,
         on_eval=lambda step, loss: ledger.record_eval(run_id, step, eval_loss=loss, tokens=0),
-        should_stop=lambda: ledger.cancel_requested(run_id),
+        should_stop=lambda: (until is not None and reached >= until) or ledger.cancel_requested(run_id),
     )
-    state, result = execute_run(
-        run_config_from_dict(record.config),
-        folder,
-        callbacks=callbacks,
-        note=lambda text: ledger.note_progress(run_id, text),
-    )
-    if state.stopped:
-        ledger.finish_run(run_id, "cancelled", result=None, error=None)
-        return "cancelled"
-    predicted = (record.prediction or {}).get("peak_bytes")
-    ledger.finish_run(run_id, "done", result=result | {"predicted_peak_bytes": predicted}, error=None)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return "done"
 
 
-def _checkpoint_step(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
     """Step that the run goes on from; rows after it will be written again. -1: from the very start."""
     from lora_engine.training.checkpoint import load_tensors
 

@@ -233,6 +233,19 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> nn.Module:
     return model
 
 
+def eject(model: nn.Module) -> nn.Module:
+    """Inverse of `inject`, in place: every base module is back where it stood, its bits as they were.
+
+    What was merged is unmerged first; the base stays frozen."""
+    unmerge(model)
+    for name, adapter in reversed(list(adapters(model).items())):
+        base: Any = adapter.base_layer
+        base.train(adapter.training)
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, base)
+    return model
+
+
 def as_peft_reads(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """`config` with what PEFT makes of its names in a model whose experts are stacked (`calc.experts`)."""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
@@ -309,6 +322,16 @@ def unmerge(model: nn.Module) -> None:
     """Restore every base weight bit for bit."""
     for layer in adapters(model).values():
         layer.unmerge()
+
+
+@torch.no_grad()
+def eject(model: nn.Module) -> nn.Module:
+    """Inverse of `inject`, in place: the base's own modules, bit for bit as they were; what was trained is dropped."""
+    unmerge(model)
+    for name, layer in reversed(adapters(model).items()):  # what is wrapped twice is unwrapped from inside
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    return model
 
 
 def set_scale(model: nn.Module, scale: float) -> None:

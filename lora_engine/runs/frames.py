@@ -56,6 +56,11 @@ RUN_COLUMNS = {
     "peak_bytes": "float64",  # measured
     "predicted_peak_bytes": "float64",
     "adapter_bytes": "float64",
+    "pack_size": "float64",  # runs that shared its passes, itself included; 1 where it was trained alone in a sweep
+    "pack_seconds": "float64",  # spent in steps by the whole pack; `seconds` is the run's share
+    "alone_step_seconds": "float64",  # what a step of one run took by itself, as probed before packing
+    "early_exit_step": "float64",  # where early exit dropped it, also if it was trained to the end afterwards
+    "early_exit_loss": "float64",  # its evaluation loss there
     "created": "datetime64[us, UTC]",
 }
 
@@ -121,6 +126,8 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
     data: Mapping[str, Any] = config.get("data") or {}
     result: Mapping[str, Any] = record.result or {}
     prediction: Mapping[str, Any] = record.prediction or {}
+    pack: Mapping[str, Any] = result.get("pack") or {}
+    early_exit: Mapping[str, Any] = result.get("early_exit") or {}
     path = str(data.get("path") or "")
     targets = method.get("target_modules")
     wall = None
@@ -155,6 +162,11 @@ def _run_row(record: RunRecord) -> tuple[Any, ...]:
         "peak_bytes": result.get("peak_bytes"),
         "predicted_peak_bytes": _first(result.get("predicted_peak_bytes"), prediction.get("peak_bytes")),
         "adapter_bytes": result.get("adapter_bytes"),
+        "pack_size": pack.get("size"),
+        "pack_seconds": pack.get("seconds"),
+        "alone_step_seconds": pack.get("alone_step_seconds"),
+        "early_exit_step": early_exit.get("step"),
+        "early_exit_loss": early_exit.get("eval_loss"),
         "created": record.created_seconds,
     }
     return _row(values, RUN_COLUMNS)

@@ -25,6 +25,7 @@ from lora_engine.runs.records import (
     derive_sweep_status,
     iso,
     run_from_row,
+    was_dropped,
 )
 from lora_engine.runs.schema import kept_open, transaction
 
@@ -54,6 +55,10 @@ class Ledger:
     def run_folder(self, run_id: str) -> Path:
         """Where a run keeps its files, home/runs/<id>; not made here."""
         return self.home / "runs" / check_run_id(run_id)
+
+    def pack_folder(self, sweep_id: str) -> Path:
+        """Where the checkpoints of a sweep's packs lie, home/packs/<id>; not made here."""
+        return self.home / "packs" / check_sweep_id(sweep_id)
 
     # Making runs.
 
@@ -122,6 +127,18 @@ class Ledger:
         row = (check_run_id(run_id), step, train_loss, lr, grad_norm, tokens, seconds)
         self._record("INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
+    def record_steps(self, rows: Sequence[tuple[str, int, float, float, float, int, float]]) -> None:
+        """Keep a step of each of several runs, all or none: (run_id, step, train_loss, lr, grad_norm, tokens,
+        seconds) as `record_step` takes them."""
+        checked = [(check_run_id(row[0]), *row[1:]) for row in rows]
+        try:
+            with transaction(self.path, write=True) as connection:
+                connection.executemany("INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?)", checked)
+        except sqlite3.IntegrityError:
+            for row in checked:
+                self.get_run(row[0])  # raises for the one that is missing
+            raise
+
     def record_eval(self, run_id: str, step: int, *, eval_loss: float, tokens: int = 0) -> None:
         """Keep the evaluation after `step` optimizer steps (0: before training); again replaces it."""
         self._record(
@@ -176,6 +193,16 @@ class Ledger:
             ).fetchone()
         return row is None or bool(row[0])
 
+    def cancels_requested(self, run_ids: Sequence[str]) -> set[str]:
+        """Those of `run_ids` that should stop, as `cancel_requested` says of one."""
+        wanted = {check_run_id(run_id) for run_id in run_ids}
+        with transaction(self.path, write=False) as connection:
+            going_on = connection.execute(
+                "SELECT id FROM runs WHERE id IN (SELECT value FROM json_each(?)) AND NOT cancel_requested",
+                (json.dumps(sorted(wanted)),),
+            ).fetchall()
+        return wanted - {row["id"] for row in going_on}
+
     # What people ask for.
 
     def request_cancel(self, run_id: str) -> None:
@@ -219,11 +246,11 @@ class Ledger:
             cursor = connection.execute("DELETE FROM runs WHERE id = ? AND status != 'running'", (run_id,))
             if cursor.rowcount == 0:
                 raise _refusal(connection, run_id, "a run that is not running: cancel it first")
-            connection.execute(
+            last = connection.execute(
                 "DELETE FROM sweeps WHERE id = ? AND NOT EXISTS (SELECT 1 FROM runs WHERE sweep_id = sweeps.id)",
                 (row["sweep_id"],),
-            )
-        self._remove_folders([run_id])
+            ).rowcount
+        self._remove_folders([run_id], row["sweep_id"] if last else None)
 
     def delete_sweep(self, sweep_id: str) -> None:
         """Forget a sweep with all its runs and their folders. Raises InputError while one is running."""
@@ -236,11 +263,13 @@ class Ledger:
                 raise InputError(f"sweep is {sweep_id!r}, whose run {running[0]!r} is running; cancel it first.")
             connection.execute("DELETE FROM runs WHERE sweep_id = ?", (sweep_id,))
             connection.execute("DELETE FROM sweeps WHERE id = ?", (sweep_id,))
-        self._remove_folders([row["id"] for row in rows])
+        self._remove_folders([row["id"] for row in rows], sweep_id)
 
-    def _remove_folders(self, run_ids: Sequence[str]) -> None:
+    def _remove_folders(self, run_ids: Sequence[str], sweep_id: str | None) -> None:
         for run_id in run_ids:
             shutil.rmtree(self.run_folder(run_id), ignore_errors=True)
+        if sweep_id is not None:
+            shutil.rmtree(self.pack_folder(sweep_id), ignore_errors=True)
 
     # Looking.
 
@@ -311,7 +340,8 @@ class Ledger:
                 "SELECT * FROM sweeps WHERE (:id IS NULL OR id = :id) ORDER BY number DESC", {"id": sweep_id}
             ).fetchall()
             runs = connection.execute(
-                """SELECT id, sweep_id, status, pid, create_time, identity FROM runs
+                """SELECT id, sweep_id, status, pid, create_time, identity,
+                       CASE status WHEN 'cancelled' THEN result END AS ending FROM runs
                    WHERE sweep_id IS NOT NULL AND (:id IS NULL OR sweep_id = :id) ORDER BY number""",
                 {"id": sweep_id},
             ).fetchall()
@@ -386,9 +416,15 @@ def _sweep_record(row: sqlite3.Row, runs: Sequence[sqlite3.Row], alive: dict[tup
         spec=json.loads(row["spec"]),
         created=iso(row["created"]) or "",
         created_seconds=row["created"],
-        status=derive_sweep_status([run["status"] for run in runs], [worker_lives(run) for run in runs]),
+        status=derive_sweep_status([_status_of(run) for run in runs], [worker_lives(run) for run in runs]),
         run_ids=tuple(run["id"] for run in runs),
     )
+
+
+def _status_of(run: sqlite3.Row) -> str:
+    """Its part in the sweep's status."""
+    ending = json.loads(run["ending"]) if run["ending"] else None
+    return "done" if was_dropped(run["status"], ending) else str(run["status"])
 
 
 def _quoted(words: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +20,8 @@ FINAL = ("done", "failed", "cancelled")
 class RunRecord:
     """One run as it stands. Times are ISO 8601 in UTC, those named `_seconds` epoch seconds.
 
-    `result` is None until the run is done, `error` one sentence when it failed. `last_*` are None
+    `result` is None until the run is done; of one that early exit dropped (`dropped`) it holds `early_exit`, also
+    while it is trained to the end after all. `error` is one sentence when it failed. `last_*` are None
     before the first step or evaluation; a diverged loss is NaN. `pid` and `create_time` are the
     worker's: of the one that has the run, or, while queued, of the one that will come to it."""
 
@@ -53,6 +54,11 @@ class RunRecord:
         return self.status in FINAL
 
     @property
+    def dropped(self) -> bool:
+        """Whether early exit ended the run; it keeps its checkpoint and can be resumed."""
+        return was_dropped(self.status, self.result)
+
+    @property
     def waits_for_worker(self) -> bool:
         """Whether the run is queued and a living worker will come to it. Asks the system."""
         return self.status == "queued" and is_alive(self.pid, self.create_time, self.identity)
@@ -80,8 +86,13 @@ class SweepRecord:
         return values
 
 
+def was_dropped(status: str, result: Mapping[str, Any] | None) -> bool:
+    """Whether a run of this status and result was ended by early exit, which is an end like any other."""
+    return status == "cancelled" and bool((result or {}).get("early_exit"))
+
+
 def derive_sweep_status(statuses: Sequence[str], waiting: Sequence[bool | None]) -> str:
-    """running, queued, interrupted, cancelled, failed or done.
+    """running, queued, interrupted, cancelled, failed or done. Give a run that `was_dropped` as done.
 
     `waiting[i]` says of a queued run whether the worker it was given to lives (None: given to
     nobody yet). Between two cells nothing is `running` for a moment; the living worker tells that

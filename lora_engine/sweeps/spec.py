@@ -6,14 +6,20 @@ from typing import Any
 
 from lora_engine.config import LoraConfig, RunConfig, run_config_from_dict, to_dict
 from lora_engine.errors import ConfigError
+from lora_engine.sweeps.packing import PACKED
 
 MAX_RUNS = 2000
 _AXES = ("rs", "lora_alphas", "lrs", "seeds")
+_WAYS = ("packed", "early_exit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """A grid of LoRA runs: every rank with every alpha, learning rate and seed, all else as in `base`.
+
+    `packed` says how it is trained: "auto" packs runs where that is measured to be faster, "always" wherever it is
+    possible, "never" trains one after another; what comes out is the same. `early_exit` drops the worse half of the
+    cells at a quarter and at half of the steps.
 
     Repeated values are kept once. Raises ConfigError for an empty axis, a value no run may have, a
     base that is not LoRA, or more than MAX_RUNS runs."""
@@ -23,6 +29,8 @@ class SweepSpec:
     lora_alphas: tuple[float, ...] = (8.0, 16.0)
     lrs: tuple[float, ...] = (3e-3,)
     seeds: tuple[int, ...] = (0, 1)
+    packed: str = "auto"
+    early_exit: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.base.method, LoraConfig):
@@ -45,6 +53,10 @@ class SweepSpec:
         object.__setattr__(self, "lrs", tuple(dict.fromkeys(float(lr) for lr in self.lrs)))
         if self.num_runs > MAX_RUNS:
             raise ConfigError("num_runs", self.num_runs, f"at most {MAX_RUNS}; choose fewer values")
+        if self.packed not in PACKED:
+            raise ConfigError("packed", self.packed, f"one of {', '.join(PACKED)}")
+        if not isinstance(self.early_exit, bool):
+            raise ConfigError("early_exit", self.early_exit, "True or False")
 
     @property
     def num_runs(self) -> int:
@@ -53,7 +65,8 @@ class SweepSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the inverse."""
-        return {"base": to_dict(self.base)} | {axis: list(getattr(self, axis)) for axis in _AXES}
+        axes = {axis: list(getattr(self, axis)) for axis in _AXES}
+        return {"base": to_dict(self.base)} | axes | {way: getattr(self, way) for way in _WAYS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SweepSpec":
@@ -61,8 +74,8 @@ class SweepSpec:
         rest = dict(values)
         base = run_config_from_dict(rest.pop("base", None) or {})
         for key in rest:
-            if key not in _AXES:
-                raise ConfigError(key, rest[key], f"one of base, {', '.join(_AXES)}")
+            if key not in (*_AXES, *_WAYS):
+                raise ConfigError(key, rest[key], f"one of base, {', '.join((*_AXES, *_WAYS))}")
         return cls(base=base, **{key: _as_tuple(value) for key, value in rest.items()})
 
 

@@ -284,3 +284,40 @@ def test_the_ledger_alone_needs_no_pandas_and_no_torch() -> None:
     heavy = {"torch", "pandas", "transformers"}
     code = f"import sys, lora_engine.runs, lora_engine.executors; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_a_step_of_several_runs_at_once(ledger: Ledger) -> None:
+    runs = [ledger.create_run(CONFIG, num_steps=3) for _ in range(3)]
+    ledger.record_steps([(run_id, 1, float(i), 0.1, 1.0, 10, 0.5) for i, run_id in enumerate(runs)])
+    assert [row[:3] for row in ledger.read_steps(runs)] == sorted((run, 1, float(i)) for i, run in enumerate(runs))
+    ledger.delete_run(runs[1])
+    with pytest.raises(NotFoundError):
+        ledger.record_steps([(run_id, 2, 1.0, 0.1, 1.0, 10, 0.5) for run_id in runs])
+    assert len(ledger.read_steps(runs)) == 2  # all or none
+
+    for run_id in (runs[0], runs[2]):
+        assert ledger.claim_run(run_id, *this_process())
+    ledger.request_cancel(runs[2])
+    assert ledger.cancels_requested(runs) == {runs[1], runs[2]}
+
+
+def test_a_run_that_early_exit_dropped_is_over_and_stays_known(ledger: Ledger) -> None:
+    sweep_id, (kept, dropped) = ledger.create_sweep({}, [(CONFIG, None), (CONFIG, None)])
+    for run_id in (kept, dropped):
+        assert ledger.claim_run(run_id, *this_process())
+    facts = {"early_exit": {"step": 2, "steps": 9, "eval_loss": math.nan, "rank": 2, "of": 2}}
+    ledger.finish_run(dropped, "cancelled", result=facts)
+    ledger.finish_run(kept, "done", result={})
+    assert ledger.get_sweep(sweep_id).status == "done"
+    assert ledger.get_run(dropped).dropped
+    assert ledger.requeue(dropped)
+    assert ledger.get_sweep(sweep_id).status == "queued"
+    record = ledger.get_run(dropped)
+    assert (record.dropped, (record.result or {})["early_exit"]["step"]) == (False, 2)
+
+    folder = ledger.pack_folder(sweep_id)
+    folder.mkdir(parents=True)
+    ledger.delete_run(kept)
+    assert folder.exists()
+    ledger.delete_run(dropped)
+    assert not folder.exists()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.errors import ConfigError
-from lora_engine.sweeps import SweepSpec, expand_grid
+from lora_engine.sweeps import PACKED, SweepSpec, expand_grid
 
 BASE = RunConfig(
     data=DataConfig(path="a.csv"),
@@ -27,9 +27,10 @@ def axis(values: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
     lora_alphas=axis(st.sampled_from([1.0, 8.0, 16.0, 1])),
     lrs=axis(st.sampled_from([1e-4, 3e-3])),
     seeds=axis(st.integers(0, 9)),
+    ways=st.fixed_dictionaries({}, optional={"packed": st.sampled_from(PACKED), "early_exit": st.booleans()}),
 )
-def test_every_combination_once(rs: Any, lora_alphas: Any, lrs: Any, seeds: Any) -> None:
-    spec = SweepSpec(base=BASE, rs=rs, lora_alphas=lora_alphas, lrs=lrs, seeds=seeds)
+def test_every_combination_once(rs: Any, lora_alphas: Any, lrs: Any, seeds: Any, ways: Any) -> None:
+    spec = SweepSpec(base=BASE, rs=rs, lora_alphas=lora_alphas, lrs=lrs, seeds=seeds, **ways)
     grid = expand_grid(spec)
     cells = [(c.method.r, c.method.lora_alpha, c.train.lr, c.train.seed) for c in grid]  # type: ignore[union-attr]
     assert len(cells) == len(set(cells)) == spec.num_runs
@@ -63,6 +64,8 @@ def test_order_shows_the_whole_map_before_it_repeats() -> None:
         ({"lrs": (100.0,)}, "lr is 100.0; allowed: a number from"),
         ({"seeds": (-1,)}, "seed is -1; allowed: a whole number from 0"),
         ({"rs": tuple(range(1, 101)), "seeds": tuple(range(100))}, "num_runs is 20000; allowed: at most 2000"),
+        ({"packed": "perhaps"}, "packed is 'perhaps'; allowed: one of auto, always, never"),
+        ({"early_exit": "yes"}, "early_exit is 'yes'; allowed: True or False"),
         ({"base": RunConfig(data=BASE.data, method=FullConfig())}, "method is 'full'; allowed: lora"),
     ],
 )
@@ -74,3 +77,9 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 def test_unknown_keys_are_refused() -> None:
     with pytest.raises(ConfigError, match="ranks is .*; allowed: one of base, rs"):
         SweepSpec.from_dict(SweepSpec(base=BASE).to_dict() | {"ranks": [1]})
+
+
+def test_a_spec_of_an_earlier_version_is_packed_where_it_pays() -> None:
+    old = {key: value for key, value in SweepSpec(base=BASE).to_dict().items() if key not in ("packed", "early_exit")}
+    spec = SweepSpec.from_dict(old)
+    assert (spec.packed, spec.early_exit) == ("auto", False)
