@@ -28,27 +28,33 @@ TOKENS_OF_1B = (128, 512, 2048)
 
 def run_grid(*, smoke: bool = False, repeats: int = 0) -> dict[str, Any]:
     """16 configurations of the embedded model on the CPU; `repeats` 0: as many as ON_CPU says."""
+    if smoke:
+        return {"threads": torch.get_num_threads(), "cells": [compare(_tiny(Workload()), 2)]}
     cells = []
     for batch_size, length, steps, rounds in ON_CPU:
         work = Workload(batch_size=batch_size, length=length, steps=steps)
-        if smoke:
-            work = _tiny(work)
-        cells.append(compare(work, 1 if smoke else repeats or rounds, scripts=0 if smoke else 2))
+        cells.append(compare(work, repeats or rounds, scripts=2))
     return {"threads": torch.get_num_threads(), "cells": cells}
 
 
 def run_grid_gpu(*, smoke: bool = False, repeats: int = 0) -> dict[str, Any]:
     """The same on a CUDA card, with larger models, single runs and the crossover of a 1B model. Smoke: all of it on
     the CPU with a tiny model."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not smoke:
-        return {"rows": {work.label: UNMEASURED for work in (*_gpu_grids("cuda"), *_gpu_singles("cuda"), *_gpu_1b())}}
-    rounds = 1 if smoke else repeats or 5
-    prepare: Callable[[Workload], Workload] = _tiny if smoke else lambda work: work
+    if smoke:
+        works = (_tiny(_gpu_grids("cpu")[0]), _tiny(_gpu_singles("cpu")[0]), _tiny(_gpu_1b("cpu")[0]))
+        return _gpu_figures([works[0]], [works[1]], [works[2]], 1)
+    if not torch.cuda.is_available():
+        return {"rows": {work.label: UNMEASURED for work in (*_gpu_grids(), *_gpu_singles(), *_gpu_1b())}}
+    return _gpu_figures(_gpu_grids(), _gpu_singles(), _gpu_1b(), repeats or 5)
+
+
+def _gpu_figures(
+    grids: list[Workload], singles: list[Workload], crossover: list[Workload], repeats: int
+) -> dict[str, Any]:
     return {
-        "grids": [compare(prepare(work), rounds) for work in _gpu_grids(device)],
-        "singles": [compare_single(prepare(work), rounds) for work in _gpu_singles(device)],
-        "crossover": [compare(prepare(work), min(rounds, 3)) for work in _gpu_1b(device)],
+        "grids": [compare(work, repeats) for work in grids],
+        "singles": [compare_single(work, repeats) for work in singles],
+        "crossover": [compare(work, min(repeats, 3)) for work in crossover],
     }
 
 
@@ -152,7 +158,7 @@ def matrix_rate(device: str, precision: str) -> float:
     return 2 * size**3 / statistics.median(seconds[2:])
 
 
-def _gpu_grids(device: str) -> list[Workload]:
+def _gpu_grids(device: str = "cuda") -> list[Workload]:
     return [
         Workload(
             model=model,
@@ -169,7 +175,7 @@ def _gpu_grids(device: str) -> list[Workload]:
     ]
 
 
-def _gpu_singles(device: str) -> list[Workload]:
+def _gpu_singles(device: str = "cuda") -> list[Workload]:
     return [
         Workload(model=model, num_configs=1, steps=200, batch_size=8, length=128, precision=precision, device=device)
         for model, precision in (*GPU_MODELS.items(), ("Llama 1B", "bf16"))

@@ -11,8 +11,9 @@ from lora_engine.config import RunConfig
 from lora_engine.methods import inject, lora
 from lora_engine.sweeps.packing import group_runs
 from lora_engine.training.loop import Callbacks, train
-from lora_engine.training.pack import PackCallbacks, PackRow, train_pack
+from lora_engine.training.pack import PackCallbacks, train_pack
 from lora_engine.training.pack_size import choose_pack_size
+from lora_engine.training.pack_step import PackRow
 
 
 @dataclass(frozen=True)

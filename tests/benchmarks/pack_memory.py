@@ -6,7 +6,8 @@ from typing import Any
 from benchmarks.workload import PAD_ID, Workload
 
 from lora_engine.config import LoraConfig
-from lora_engine.training.pack import PackRow, train_pack
+from lora_engine.training.pack import train_pack
+from lora_engine.training.pack_step import PackRow
 
 SIZES = (1, 2, 4, 8)
 
