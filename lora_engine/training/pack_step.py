@@ -14,7 +14,8 @@ from lora_engine.methods.packed import Pack, inject_pack
 from lora_engine.training.base import autocast_of
 from lora_engine.training.loop import LoopState, build_optimizer
 from lora_engine.training.measure import PeakMemory
-from lora_engine.training.pack_batches import PackBatches, pack_losses
+from lora_engine.training.pack_batches import PackBatches
+from lora_engine.training.pack_loss import pack_losses
 
 
 @dataclass
@@ -90,13 +91,13 @@ class PackedSteps:
         parameters = self.pack.parameters.cpu()
         for i, (row, p) in enumerate(zip(self.rows, self.pack.rows, strict=True)):
             named = self.pack.unpadded(parameters[i], i)
-            tensors = {f"parameter.{name}": value.clone() for name, value in named.items()}
+            tensors = {f"parameter.{name}": _copy(value) for name, value in named.items()}
             for key, value in self.optimizer.state[p].items():
                 if value is None:
                     continue
                 host = value.cpu()
                 parts = self.pack.unpadded(host, i).values() if host.dim() else [host] * len(named)
-                tensors |= {f"optimizer.{k}.{key}": part.clone() for k, part in enumerate(parts)}
+                tensors |= {f"optimizer.{k}.{key}": _copy(part) for k, part in enumerate(parts)}
             row.tensors = tensors
 
 
@@ -139,3 +140,7 @@ def clip_rows(gradients: Tensor, limits: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(gradients, dim=1)
     gradients.mul_((limits / (norms + 1e-6)).clamp_(max=1.0).unsqueeze(1))
     return norms
+
+
+def _copy(view: Tensor) -> Tensor:
+    return view.clone(memory_format=torch.contiguous_format)
