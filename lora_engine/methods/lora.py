@@ -312,6 +312,16 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
+@torch.no_grad()
+def eject(model: nn.Module) -> nn.Module:
+    """Inverse of `inject`, in place: the base's own modules, bit for bit as they were; what was trained is dropped."""
+    unmerge(model)
+    for name, layer in reversed(adapters(model).items()):  # what is wrapped twice is unwrapped from inside
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    return model
+
+
 def set_scale(model: nn.Module, scale: float) -> None:
     """The dial: 0 is the base model bit for bit, 1 the trained one."""
     for layer in adapters(model).values():

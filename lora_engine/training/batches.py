@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_engine.config import TrainConfig
@@ -80,8 +82,12 @@ def rows_of_step(num_rows: int, batch_size: int, step: int, seed: int) -> list[i
     position = step * batch_size
     while len(picked) < batch_size:
         epoch, offset = divmod(position, num_rows)
-        order = np.random.default_rng([seed, epoch]).permutation(num_rows)
-        taken = order[offset : offset + batch_size - len(picked)].tolist()
+        taken = _order(num_rows, seed, epoch)[offset : offset + batch_size - len(picked)].tolist()
         picked += taken
         position += len(taken)
     return picked
+
+
+@lru_cache(maxsize=64)
+def _order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)

@@ -78,8 +78,10 @@ def heaviest_step(rows: Sequence[Encoded], config: TrainConfig) -> int:
     return max(range(1, min(config.steps, 100)), key=longest, default=0)
 
 
-def build_optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (fused) or SGD over the trainable parameters."""
+def build_optimizer(
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """AdamW (fused) or SGD over the trainable parameters, or groups of them with settings of their own."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)

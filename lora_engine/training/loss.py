@@ -11,7 +11,12 @@ from lora_engine.training.batches import Batch
 
 
 def labelled_loss_sum(model: Any, batch: Batch) -> Tensor:
-    """Sum of -log p(label) in nats over the labelled tokens, float32 scalar.
+    """Sum of -log p(label) in nats over the labelled tokens, float32 scalar (float64 for a float64 model)."""
+    return nn.functional.cross_entropy(labelled_logits(model, batch), batch.targets, reduction="sum")
+
+
+def labelled_logits(model: Any, batch: Batch) -> Tensor:
+    """(labels, classes) in float32, or float64 for a float64 model: what the labelled tokens are guessed from.
 
     Half-masked prompts with a large vocabulary make the head the dearest layer; dropping unlabelled
     rows before it skips that work and the memory of their logits. A classifier's labels are one to a sequence."""
@@ -22,7 +27,7 @@ def labelled_loss_sum(model: Any, batch: Batch) -> Tensor:
         logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, batch.positions))
     else:
         logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1).index_select(0, batch.positions)
-    return nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @torch.no_grad()
