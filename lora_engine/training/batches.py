@@ -1,8 +1,9 @@
 """Encoded examples to tensors, in an order that depends on (seed, step) alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from lora_engine.config import TrainConfig
 from lora_engine.data import IGNORED, Encoded
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,23 @@ class Batch:
     def num_labels(self) -> int:
         return self.targets.numel()
 
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on `device`, or this one if it is there."""
+        if self.input_ids.device == device:
+            return self
+        moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
-def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:
+
+def padded_length(num_tokens: int) -> int:
+    """`num_tokens` rounded up to 8."""
+    return -(-num_tokens // 8) * 8
+
+
+def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device = HOST) -> Batch:
     """Pad `rows` on the right to the longest, rounded up to 8."""
     longest = max(len(row.input_ids) for row in rows)
-    length = -(-longest // 8) * 8
+    length = padded_length(longest)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
     num_tokens = sum(len(row.input_ids) for row in rows)
     if rows[0].label is not None:

@@ -21,10 +21,11 @@ from lora_engine.errors import ConfigError
 from lora_engine.methods.packed import Pack, eject_pack, inject_pack
 from lora_engine.methods.places import task_head_names
 from lora_engine.training.base import PRECISION_PLANS, autocast_of
-from lora_engine.training.loop import LoopState, StepReport, build_optimizer, heaviest_step, lr_at
+from lora_engine.training.loop import LoopState, StepReport, build_optimizer, lr_at
 from lora_engine.training.loss import evaluate
 from lora_engine.training.measure import PeakMemory
 from lora_engine.training.pack_batches import PackBatches, evaluate_pack, pack_losses
+from lora_engine.training.steps import heaviest_step
 
 
 @dataclass
