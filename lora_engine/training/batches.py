@@ -24,13 +24,14 @@ class Batch:
     Positions are found where the rows are made, on the host: a mask on the device would make every step wait for
     the number of its labels. Rows are padded on the right, where causal attention never looks, so no attention mask
     is needed. For a classifier `positions` is None, `targets` (sequences,) holds one class each, and attention_mask
-    (sequences, length) is 0 on the padding, where an encoder would look."""
+    (sequences, length) is 0 on the padding, where an encoder would look. `rows` are what it was made of."""
 
     input_ids: Tensor
     positions: Tensor | None
     targets: Tensor
     num_tokens: int
     attention_mask: Tensor | None = None
+    rows: tuple[Encoded, ...] | None = None
 
     @property
     def num_labels(self) -> int:
@@ -61,12 +62,12 @@ def make_batch(rows: Sequence[Encoded], pad_id: int, device: torch.device = HOST
             input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
             mask[i, : len(row.input_ids)] = 1
         classes = torch.tensor([row.label for row in rows])
-        return Batch(input_ids.to(device), None, classes.to(device), num_tokens, mask.to(device))
+        return Batch(input_ids.to(device), None, classes.to(device), num_tokens, mask.to(device), tuple(rows))
     labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
     for i, row in enumerate(rows):
         input_ids[i, : len(row.input_ids)] = torch.as_tensor(row.input_ids)
         labels[i, : len(row.labels)] = torch.as_tensor(row.labels)
-    return label_batch(input_ids, labels, device, num_tokens=num_tokens)
+    return replace(label_batch(input_ids, labels, device, num_tokens=num_tokens), rows=tuple(rows))
 
 
 def label_batch(input_ids: Tensor, labels: Tensor, device: torch.device, *, num_tokens: int | None = None) -> Batch:

@@ -19,6 +19,7 @@ from lora_engine.training.checkpoint import load_tensors, optimizer_tensors, res
 from lora_engine.training.graphs import without_device_checks
 from lora_engine.training.loss import evaluate
 from lora_engine.training.measure import PeakMemory
+from lora_engine.training.prefix_cache import cached_prefix
 from lora_engine.training.steps import Trained, build_steps
 
 
@@ -116,7 +117,7 @@ def train(
     def is_due(every: int, step: int) -> bool:
         return step % every == 0 and step < config.steps
 
-    with without_device_checks():
+    with without_device_checks(), cached_prefix(trained, train_rows, eval_rows, pad_id) as prefix:
         if state.eval_loss_before is None:
             state.eval_loss_before = run_eval(0)
         model.train()
@@ -146,6 +147,9 @@ def train(
                 _save(checkpoint, named, optimizer, scaler, state)
         state.peak_kind, state.reserved_bytes = memory.kind, memory.reserved_bytes
         state.notes["graph"] = steps.graph
+        state.notes["prefix_cache"] = (
+            prefix if isinstance(prefix, str) else {"layers": prefix.depth, "bytes": prefix.num_bytes}
+        )
         if state.stopped and checkpoint:
             _save(checkpoint, named, optimizer, scaler, state)
         if not state.stopped:
