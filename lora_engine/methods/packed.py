@@ -45,8 +45,9 @@ class PackedLayer(nn.Module):
         self.train(base_layer.training)
 
     def slots(self, name: str, start: int) -> list[Slot]:
-        a = Slot(name, "lora_A.weight", start, (self.r, self.in_features), padded=0)
-        return [a, Slot(name, "lora_B.weight", aligned(a.stop), (self.out_features, self.r), padded=1)]
+        a = Slot(name, "lora_A.weight", start, (self.r, self.in_features), padded=True)
+        b = (self.r, self.out_features)
+        return [a, Slot(name, "lora_B.weight", aligned(a.stop), b, padded=True, transposed=True)]
 
     def take(self, tensors: Sequence[nn.Parameter]) -> None:
         """Views of the pack's buffers: A (N, R, in), B (N, out, R), their gradients in `.grad`."""
@@ -96,23 +97,16 @@ class Pack:
         for row, gradient in zip(self.rows, self.gradients, strict=True):
             row.grad = gradient
 
-    def _view(self, flat: Tensor, slot: Slot) -> Tensor:
-        return flat[:, slot.start : slot.stop].view(len(flat), *slot.shape)
-
     def _parameter(self, slot: Slot) -> nn.Parameter:
-        p = nn.Parameter(self._view(self.parameters, slot))
-        p.grad = self._view(self.gradients, slot)
+        p = nn.Parameter(slot.of_pack(self.parameters))
+        p.grad = slot.of_pack(self.gradients)
         return p
 
     def unpadded(self, row: Tensor, i: int) -> dict[str, Tensor]:
         """The tensors of a separate run out of `row` (P,), which is laid out as row i of `parameters`; views."""
-        tensors = {}
-        for slot in self.slots:
-            value = row[slot.start : slot.stop].view(slot.shape)
-            if slot.padded is not None:
-                value = value.narrow(slot.padded, 0, self.layers[slot.module].ranks[i])
-            tensors[slot.name] = value
-        return tensors
+        return {
+            slot.name: slot.of_row(row, self.layers[slot.module].ranks[i] if slot.padded else 0) for slot in self.slots
+        }
 
     def state_dict(self, i: int) -> dict[str, Tensor]:
         """What `methods.state_dict` gives of a separate run of config i."""

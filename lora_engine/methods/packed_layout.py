@@ -3,20 +3,23 @@
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 # Slots begin at whole cache lines, which batched products on a GPU need to read four values at once.
 _ALIGNED = 16
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One trained tensor in a row of the pack: its module and name there, where it begins, its padded shape, and the
-    dimension that is padded (None: none)."""
+    """One trained tensor in a row of the pack: its module and name there, where it begins, its padded shape as it is
+    kept, and whether that is transposed; of a `padded` one the first dimension, as it is kept, is the rank."""
 
     module: str
     child: str
     start: int
     shape: tuple[int, ...]
-    padded: int | None = None
+    padded: bool = False
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -26,6 +29,17 @@ class Slot:
     @property
     def stop(self) -> int:
         return self.start + math.prod(self.shape)
+
+    def of_pack(self, flat: Tensor) -> Tensor:
+        """This tensor of all rows of flat (N, P), a view."""
+        view = flat[:, self.start : self.stop].view(len(flat), *self.shape)
+        return view.transpose(1, 2) if self.transposed else view
+
+    def of_row(self, row: Tensor, rank: int) -> Tensor:
+        """This tensor, of the first `rank` ranks, of row (P,), a view."""
+        view = row[self.start : self.stop].view(self.shape)
+        view = view[:rank] if self.padded else view
+        return view.t() if self.transposed else view
 
 
 def aligned(n: int) -> int:

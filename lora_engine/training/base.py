@@ -4,17 +4,19 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from lora_engine.assets_path import asset_path
 from lora_engine.config import TrainConfig
 from lora_engine.errors import ConfigError, ModelLoadError
+from lora_engine.methods.places import task_head_parameters
 from lora_engine.methods.quantized import QUANTIZED_PRECISIONS, quantize_model
 
 _ENCODERS = {
@@ -148,6 +150,20 @@ def load_base(
     if train.precision in QUANTIZED_PRECISIONS:
         quantize_model(model, train.precision, device)
     return model.to(device)
+
+
+def task_heads(
+    folder: Path, train: TrainConfig, seeds: Sequence[int], *, classes: Sequence[str], pad_id: int
+) -> dict[int, dict[str, Tensor]]:
+    """The task head that `load_base` begins with, for each seed: float32, on the CPU, by full parameter name."""
+    cpu = torch.device("cpu")
+    if train.precision in QUANTIZED_PRECISIONS:  # the head is not packed, so nothing needs packing here
+        train = replace(train, precision="bf16" if weight_dtype(train, cpu) == torch.bfloat16 else "fp32")
+    heads = {}
+    for seed in dict.fromkeys(seeds):
+        model = load_base(folder, replace(train, seed=seed), cpu, classes=classes, pad_id=pad_id)
+        heads[seed] = {name: p.detach().float() for name, p in task_head_parameters(model)}
+    return heads
 
 
 def weight_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:

@@ -21,6 +21,7 @@ from lora_engine.training.loss import evaluate
 from lora_engine.training.measure import PeakMemory
 from lora_engine.training.prefix_cache import cached_prefix
 from lora_engine.training.steps import Trained, build_steps
+from lora_engine.training.steps import heaviest_step as heaviest_step
 
 
 @dataclass(frozen=True)

@@ -8,49 +8,22 @@ gradients are those of separate runs.
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lora_engine.config import LoraConfig, RunConfig
 from lora_engine.data import Encoded
 from lora_engine.errors import ConfigError
-from lora_engine.methods.packed import Pack, eject_pack, inject_pack
+from lora_engine.methods.packed import eject_pack
 from lora_engine.methods.places import task_head_names
-from lora_engine.training.base import PRECISION_PLANS, autocast_of
-from lora_engine.training.loop import LoopState, StepReport, build_optimizer, lr_at
+from lora_engine.training.base import PRECISION_PLANS
+from lora_engine.training.loop import StepReport, heaviest_step, lr_at
 from lora_engine.training.loss import evaluate
-from lora_engine.training.measure import PeakMemory
-from lora_engine.training.pack_batches import PackBatches, evaluate_pack, pack_losses
-from lora_engine.training.steps import heaviest_step
-
-
-@dataclass
-class PackRow:
-    """One run among others. `tensors`: its `parameter.*` and `optimizer.*` as its own checkpoint.safetensors would hold
-    them, on the host (None: it has not begun). `head`: the first values of its task head. Rows of the same `pack`
-    number share a pass; after an out-of-memory error there are more packs than before."""
-
-    name: str
-    config: RunConfig
-    state: LoopState = field(default_factory=LoopState)
-    tensors: dict[str, Tensor] | None = None
-    head: Mapping[str, Tensor] | None = None
-    pack: int = 0
-
-    @property
-    def method(self) -> LoraConfig:
-        method = self.config.method
-        if not isinstance(method, LoraConfig):
-            raise ConfigError("method", method.method, "lora in a pack")
-        return method
-
-    def is_done(self, until_step: int | None) -> bool:
-        last = self.config.train.steps if until_step is None else min(until_step, self.config.train.steps)
-        return self.state.stopped or self.state.step >= last
+from lora_engine.training.memory_limits import is_out_of_memory
+from lora_engine.training.pack_batches import evaluate_pack
+from lora_engine.training.pack_step import PackedSteps, PackRow
 
 
 @dataclass(frozen=True)
@@ -163,7 +136,7 @@ class _Loop:
         finally:
             # The rows' values are those of the last finished step: a step that fails has not reached the optimizer.
             if held:
-                held[0].leave()
+                held[0].steps.leave()
             eject_pack(self.model)
         held.clear()
         if failed:
@@ -177,25 +150,10 @@ class _Running:
     """One pack while it trains."""
 
     def __init__(self, loop: _Loop, rows: list[PackRow]) -> None:
-        self.loop, self.rows, self.model = loop, rows, loop.model
-        self.train = rows[0].config.train
-        heads = [row.head for row in rows]
-        states = [_parameters(row) for row in rows]
-        self.pack: Pack = inject_pack(
-            loop.model,
-            [row.method for row in rows],
-            seeds=[row.config.train.seed for row in rows],
-            heads=None if any(head is None for head in heads) else [head for head in heads if head is not None],
-            states=states,
-        )
-        self.device = self.pack.parameters.device
-        self.optimizer = pack_optimizer(self.pack, rows)
-        self.autocast = autocast_of(self.train, self.device)
-        self.batches = PackBatches(rows, loop.train_rows, loop.pad_id, self.device)
-        self.eval_batches = self.batches.evaluation(loop.eval_rows)
-        limits = [row.config.train.max_grad_norm or float("inf") for row in rows]
-        self.limits = torch.tensor(limits, device=self.device, dtype=self.pack.parameters.dtype)
-        self.memory = PeakMemory(loop.model, self.optimizer, self.device)
+        self.loop, self.rows, self.model, self.train = loop, rows, loop.model, rows[0].config.train
+        self.steps = PackedSteps(loop.model, rows, loop.train_rows, loop.pad_id)
+        self.memory = self.steps.memory()
+        self.eval_batches = self.steps.batches.evaluation(loop.eval_rows)
 
     def go(self) -> None:
         rows, calls, train = self.rows, self.loop.callbacks, self.train
@@ -208,9 +166,10 @@ class _Running:
             if any(row.is_done(self.loop.until_step) for row in rows):
                 break
             began = time.perf_counter()
-            lrs = [lr_at(row.config.train, row.state.step) for row in rows]
-            with self.memory.watch() if rows[0].state.step == measured else contextlib.nullcontext():
-                losses, norms, num_tokens = self._step(lrs)
+            at = [row.state.step for row in rows]
+            lrs = [lr_at(row.config.train, step) for row, step in zip(rows, at, strict=True)]
+            with self.memory.watch() if at[0] == measured else contextlib.nullcontext():
+                losses, norms, num_tokens = self.steps.step(at, lrs)
             seconds = time.perf_counter() - began
             for i, row in enumerate(rows):
                 state = row.state
@@ -222,26 +181,8 @@ class _Running:
                 calls.on_step(row, report)
             self._evaluate([row for row in rows if self._is_due(row)])
             if self.loop.checkpoint and any(row.state.step % train.checkpoint_every == 0 for row in rows):
-                self.leave()
+                self.steps.leave()
                 self.loop.checkpoint(self.loop.rows)
-
-    def _step(self, lrs: Sequence[float]) -> tuple[list[float], list[float], list[int]]:
-        """One optimizer step of every row: losses, gradient norms before clipping, tokens read."""
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            group["lr"] = lr
-        batches = self.batches.step([row.state.step for row in self.rows])
-        self.pack.zero_grad()
-        losses = torch.zeros(len(self.rows), device=self.device, dtype=torch.float64)
-        for batch in batches:
-            with self.autocast:
-                total, each = pack_losses(self.model, batch)
-            total.backward()
-            losses += each
-        norms = clip_rows(self.pack.gradients, self.limits)
-        self.optimizer.step()
-        read = torch.stack((losses, norms.double())).tolist()  # one transfer for all rows
-        num_tokens = [sum(batch.num_tokens[i] for batch in batches) for i in range(len(self.rows))]
-        return read[0], read[1], num_tokens
 
     def _note(self, row: PackRow, seconds: float) -> None:
         note = row.state.notes.setdefault("pack", {"size": 0, "seconds": 0.0, "peak_bytes": 0})
@@ -265,10 +206,12 @@ class _Running:
                     row.state.eval_loss_before = loss
         else:
             if self.loop.base_eval_loss is None:
-                self.pack.set_enabled(False)
-                with self.autocast:
-                    self.loop.base_eval_loss = evaluate(self.model, self.batches.plain_evaluation(self.loop.eval_rows))
-                self.pack.set_enabled(True)
+                self.steps.pack.set_enabled(False)
+                with self.steps.autocast:
+                    self.loop.base_eval_loss = evaluate(
+                        self.model, self.steps.batches.plain_evaluation(self.loop.eval_rows)
+                    )
+                self.steps.pack.set_enabled(True)
             for row in new:
                 row.state.eval_loss_before = self.loop.base_eval_loss
         for row in new:
@@ -285,70 +228,5 @@ class _Running:
             self.loop.callbacks.on_eval(row, row.state.step, losses[row.name])
 
     def _losses(self) -> list[float]:
-        with self.autocast:
+        with self.steps.autocast:
             return evaluate_pack(self.model, self.eval_batches, len(self.rows))
-
-    @torch.no_grad()
-    def leave(self) -> None:
-        """Every row's values into its `tensors`, on the host."""
-        parameters = self.pack.parameters.cpu()
-        states = [
-            {key: value.cpu() for key, value in self.optimizer.state[p].items() if value is not None}
-            for p in self.pack.rows
-        ]
-        for i, row in enumerate(self.rows):
-            named = self.pack.unpadded(parameters[i], i)
-            tensors = {f"parameter.{name}": value.clone() for name, value in named.items()}
-            for key, value in states[i].items():
-                per_parameter = self.pack.unpadded(value, i).values() if value.dim() else [value] * len(named)
-                tensors |= {f"optimizer.{k}.{key}": part.clone() for k, part in enumerate(per_parameter)}
-            row.tensors = tensors
-
-
-def _parameters(row: PackRow) -> dict[str, Tensor] | None:
-    if row.tensors is None:
-        return None
-    prefix = "parameter."
-    return {name[len(prefix) :]: value for name, value in row.tensors.items() if name.startswith(prefix)}
-
-
-@torch.no_grad()
-def pack_optimizer(pack: Pack, rows: Sequence[PackRow]) -> torch.optim.Optimizer:
-    """The optimizer of separate runs over the rows of `pack`, each a group with its own lr and weight decay.
-
-    AdamW's state is made here and not at the first step, which then takes no memory that could be lacking halfway."""
-    groups = [
-        {"params": [p], "lr": row.config.train.lr, "weight_decay": row.config.train.weight_decay}
-        for p, row in zip(pack.rows, rows, strict=True)
-    ]
-    optimizer = build_optimizer(groups, rows[0].config.train)
-    if rows[0].config.train.optimizer == "sgd":
-        return optimizer
-    moments = {key: torch.zeros_like(pack.parameters) for key in ("exp_avg", "exp_avg_sq")}
-    for i, (p, row) in enumerate(zip(pack.rows, rows, strict=True)):
-        state: dict[str, Tensor] = {key: value[i] for key, value in moments.items()}
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
-        for key, value in state.items():
-            for k, part in enumerate(pack.unpadded(value, i).values()):
-                if row.tensors and f"optimizer.{k}.{key}" in row.tensors:
-                    part.copy_(row.tensors[f"optimizer.{k}.{key}"])
-        if row.tensors and "optimizer.0.step" in row.tensors:
-            step.copy_(row.tensors["optimizer.0.step"])
-        optimizer.state[p] = {"step": step, **state}
-    return optimizer
-
-
-@torch.no_grad()
-def clip_rows(gradients: Tensor, limits: Tensor) -> Tensor:
-    """`clip_grad_norm_` of each row of gradients (N, P) by its own limit (N,); the norms before, (N,)."""
-    norms = torch.linalg.vector_norm(gradients, dim=1)
-    gradients.mul_((limits / (norms + 1e-6)).clamp_(max=1.0).unsqueeze(1))
-    return norms
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device, or the host, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

@@ -22,7 +22,7 @@ from lora_engine.training.batches import Batch, make_batch
 from lora_engine.training.graphs import StaticStep, without_device_checks
 from lora_engine.training.loop import Callbacks, build_optimizer, train
 from lora_engine.training.loss import labelled_logits, labelled_loss_sum
-from lora_engine.training.pack import clip_rows
+from lora_engine.training.pack_step import clip_rows
 from lora_engine.training.steps import StaticSteps, Trained, static_refusal, static_sizes
 
 CPU = torch.device("cpu")

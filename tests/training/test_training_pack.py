@@ -1,4 +1,4 @@
-"""The packed loop against separate runs of the single loop: the same numbers, rows that come and go, memory that ends."""
+"""The packed loop against separate runs of the single loop; rows that come and go, memory that ends."""
 
 import copy
 import dataclasses
