@@ -15,6 +15,9 @@ from lora_engine.commands import find_command
 from lora_engine.config import DEFAULT_LRS, DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS
 from lora_engine.errors import ConfigError, InputError, LoraExplorerError
 
+# As lora_engine.sweeps.packing has them: importing that takes pandas, which most commands do without.
+PACKED = ("auto", "always", "never")
+
 # What the engine calls an argument, and what the command line calls it.
 FLAGS = {
     "lora_alpha": "alpha", "lora_alphas": "alpha", "rs": "r", "lrs": "lr", "max_length": "seq", "seq_length": "seq",
@@ -154,6 +157,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=INTEGERS, default=(0, 1))
     sub.add_argument("--targets", default="all-linear")
     sub.add_argument("--rslora", action="store_true")
+    sub.add_argument(
+        "--packed", default="auto", choices=PACKED,
+        help="train many runs in one pass: where it is measured to be faster, wherever possible, or never",
+    )  # fmt: skip
+    sub.add_argument(
+        "--early-exit", action="store_true", help="drop the worse half of the cells at a quarter and half of the steps"
+    )
     sub.add_argument("--executor", default="local", choices=("local",))
 
     sub = add("compare", "train several methods on the same batches and set them side by side", sizes, loop)

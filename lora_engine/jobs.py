@@ -94,7 +94,7 @@ def leave_behind(
         "seconds": state.seconds,
         "step_seconds": state.seconds / max(1, state.step),
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
-        "peak_bytes": state.peak_bytes,
+        "peak_bytes": state.peak_bytes or None,  # not known of a run whose measured step was in a pack
         "peak_kind": state.peak_kind,
         "reserved_bytes": state.reserved_bytes,
         "adapter_bytes": adapter_bytes,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig, to_dict
+from lora_engine.config import DataConfig, LoraConfig, RunConfig, to_dict
 from lora_engine.data import (
     IGNORED,
     Dataset,
@@ -67,19 +67,20 @@ class Session:
     they were; anything else makes the next run load."""
 
     def __init__(self) -> None:
-        self._key = ""
+        self._key, self._seed = "", 0
         self._loaded: Loaded | None = None
         self.num_loads = 0  # of a model
 
-    def open(self, config: RunConfig, note: Note = lambda _text: None) -> Loaded:
-        """What `config` is trained on. Raises InputError for what it got wrong."""
+    def open(self, config: RunConfig, note: Note = lambda _text: None, *, any_head: bool = False) -> Loaded:
+        """What `config` is trained on. A classifier's head is new and drawn from the run's seed while loading, so that
+        another seed is another model, unless `any_head` will do. Raises InputError for what the config got wrong."""
         train = config.train
         device = resolve_device(train.device)
         data_key = _text(config.model, to_dict(config.data), config.prompt, train.max_length)
         model_key = _text(data_key, str(device), train.precision, train.checkpointing)
         found = self._loaded
-        # A classifier's head is new: it is drawn from the run's seed while loading.
-        if found is not None and self._key == (_text(model_key, train.seed) if found.classes else model_key):
+        same_head = found is not None and (any_head or not found.classes or self._seed == train.seed)
+        if found is not None and self._key == model_key and same_head:
             return found
         self._loaded = found = None
         note("reading the data")
@@ -106,7 +107,7 @@ class Session:
             heads={name: copy.deepcopy(model.get_submodule(name)) for name in task_head_names(model)},
         )
         loaded.before = loaded.answer()
-        self._key, self._loaded = _text(model_key, train.seed) if classes else model_key, loaded
+        self._key, self._seed, self._loaded = model_key, train.seed, loaded
         return loaded
 
     def close(self, config: RunConfig) -> None:
@@ -124,24 +125,6 @@ class Session:
     def forget(self) -> None:
         """Let the model go, whose state nobody knows."""
         self._loaded = None
-
-
-def head_states(config: RunConfig, loaded: Loaded, seeds: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-    """A classifier's new head as it begins with each seed, by full parameter name; empty for other models."""
-    if not loaded.classes:
-        return {}
-    states = {}
-    for seed in dict.fromkeys(seeds):
-        train = _with_seed(config.train, seed)
-        model = load_base(
-            loaded.base_folder, train, loaded.device, classes=loaded.classes, pad_id=loaded.tokenizer.pad_id
-        )
-        states[seed] = {
-            f"{name}.{key}": value.detach().clone()
-            for name in task_head_names(model)
-            for key, value in model.get_submodule(name).state_dict().items()
-        }
-    return states
 
 
 def restore_heads(model: nn.Module, heads: dict[str, nn.Module]) -> None:
@@ -190,10 +173,6 @@ def classify(model: Any, ids: list[int], classes: Sequence[str]) -> str:
     logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits
     model.train(was_training)
     return classes[int(logits[0].argmax())]
-
-
-def _with_seed(train: TrainConfig, seed: int) -> TrainConfig:
-    return TrainConfig(**(to_dict(train) | {"seed": seed}))
 
 
 def _text(*values: Any) -> str:

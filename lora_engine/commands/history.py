@@ -92,7 +92,10 @@ def _resume(ledger: Ledger, record: RunRecord | SweepRecord) -> None:
     if isinstance(record, SweepRecord) and is_comparison(record):
         resume_comparison(ledger, record.id, comparer(ledger))
     elif isinstance(record, SweepRecord):
-        resume_sweep(ledger, record.id, executor, failed=True, cancelled=True)
+        # What early exit dropped is gone on with once nothing else is left: the full grid, on request.
+        left = resume_sweep(ledger, record.id, executor, failed=True, cancelled=True, dropped=False)
+        if not left and record.status not in ("running", "queued"):
+            resume_sweep(ledger, record.id, executor, dropped=True)
     else:
         ledger.requeue(record.id)
         executor.submit([record.id])

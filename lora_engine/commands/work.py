@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,15 @@ from lora_engine.config import DEFAULT_LRS, LoraConfig, RunConfig, to_dict
 from lora_engine.errors import ConfigError, InputError, RunFailedError
 from lora_engine.executors import LocalExecutor
 from lora_engine.runs import Ledger, RunRecord, default_home, runs_frame
-from lora_engine.sweeps import SweepSpec, advise, start_sweep
+from lora_engine.sweeps import (
+    EarlyExitBill,
+    SweepSpec,
+    advise,
+    early_exit_bill,
+    estimate_packed_sweep_seconds,
+    estimate_sweep_seconds,
+    start_sweep,
+)
 from lora_engine.text import bytes_text, count_text, table_text
 
 
@@ -72,7 +80,17 @@ def sweep(arguments: argparse.Namespace) -> Output:
     train = loop_of(arguments, lr=DEFAULT_LRS[method.method], seed=0)
     dataset, rows = data_of(ledger, arguments)
     base = RunConfig(model=absolute_model(arguments.model), data=dataset, method=method, train=train)
-    spec = SweepSpec(base=base, rs=arguments.r, lora_alphas=arguments.alpha, lrs=arguments.lr, seeds=arguments.seeds)
+    spec = SweepSpec(
+        base=base,
+        rs=arguments.r,
+        lora_alphas=arguments.alpha,
+        lrs=arguments.lr,
+        seeds=arguments.seeds,
+        packed=arguments.packed,
+        early_exit=arguments.early_exit,
+    )
+    earlier = runs_frame(ledger)
+    packed_estimate = estimate_packed_sweep_seconds(spec, earlier)
     executor = LocalExecutor(ledger.home)
     began = time.monotonic()
     sweep_id = start_sweep(ledger, spec, executor, partial(predict_run, rows=rows))
@@ -95,17 +113,27 @@ def sweep(arguments: argparse.Namespace) -> Output:
             "trainable_parameters": (record.result or {}).get("trainable_parameters"),
             "eval_loss_after": (record.result or {}).get("eval_loss_after"),
             "seconds": (record.result or {}).get("seconds"),
+            "pack": (record.result or {}).get("pack"),
+            "early_exit": (record.result or {}).get("early_exit"),
         }
         for record in records
     ]
+    seconds = time.monotonic() - began
+    bill = early_exit_bill(frame) if spec.early_exit else None
     payload = {
         "sweep_id": sweep_id,
         "status": status,
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
         "runs": cells,
         "recommended": {"r": advice.r, "alpha": advice.lora_alpha, "lr": advice.lr, "reason": advice.reason}
         if advice
         else None,
+        "packed": spec.packed,
+        "estimated_seconds": {
+            "sequential": estimate_sweep_seconds(spec, earlier),
+            "packed": packed_estimate.seconds if packed_estimate else None,
+        },
+        "early_exit": bill.to_dict() if bill else None,
     }
     if advice is None:
         failed = next((r.error for r in records if r.error), "no run finished")
@@ -115,7 +143,17 @@ def sweep(arguments: argparse.Namespace) -> Output:
         for run in cells
     ]
     text = table_text(["run", "r", "alpha", "lr", "seed", "status", "evaluation loss"], lines)
-    return payload, f"{text}\n\n{advice.reason}"
+    ending = [advice.reason, *([_bill_text(bill, sweep_id)] if bill else [])]
+    return payload, "\n\n".join([text, *ending])
+
+
+def _bill_text(bill: EarlyExitBill, sweep_id: str) -> str:
+    saved = "" if bill.seconds_saved is None else f", about {bill.seconds_saved:.0f} s of steps"
+    share = 100 * bill.steps_saved / bill.steps_planned
+    return (
+        f"Early exit dropped {bill.num_dropped} of {bill.num_runs} runs and saved {share:.0f} % of the steps{saved}. "
+        f"What it gave up is known once the full grid is trained: lora-explorer runs resume {sweep_id}."
+    )
 
 
 def generate(arguments: argparse.Namespace) -> Output:
@@ -189,6 +227,13 @@ def pretrain(arguments: argparse.Namespace) -> Output:
     )
 
 
+def _look_again(ledger: Ledger, records: list[RunRecord], ended: Sequence[str]) -> list[RunRecord]:
+    """The runs as they stand, in order; what has ended stays as it was. Raises NotFoundError for a deleted one."""
+    ledger.reconcile()
+    found = {r.id: r for r in ledger.find_runs([r.id for r in records if r.status not in ended])}
+    return [r if r.status in ended else found.get(r.id) or ledger.get_run(r.id) for r in records]
+
+
 def _follow(ledger: Ledger, run_ids: list[str], *, quiet: bool, cancel: Callable[[str], None]) -> list[RunRecord]:
     """Wait for the runs, with a progress bar on standard error; Ctrl-C cancels them."""
     ended = ("done", "failed", "cancelled", "interrupted")
@@ -196,12 +241,14 @@ def _follow(ledger: Ledger, run_ids: list[str], *, quiet: bool, cancel: Callable
     try:
         with tqdm(total=sum(r.num_steps for r in records), unit="step", disable=quiet) as bar:
             while True:
-                records = [r if r.status in ended else ledger.get_run(r.id) for r in records]
-                bar.n = sum(r.last_step or 0 for r in records)
-                active = next((r for r in records if r.status == "running"), None)
-                if active:
-                    loss = "" if active.last_train_loss is None else f", loss {active.last_train_loss:.3f}"
-                    bar.set_description(f"{active.progress or 'running'}{loss}", refresh=False)
+                records = _look_again(ledger, records, ended)
+                # A run that early exit dropped takes no more steps.
+                bar.n = sum(r.num_steps if r.dropped else r.last_step or 0 for r in records)
+                running = [r for r in records if r.status == "running"]
+                if running:
+                    losses = [r.last_train_loss for r in running if r.last_train_loss is not None]
+                    loss = f", loss {min(losses):.3f}" if losses else ""
+                    bar.set_description(f"{running[0].progress or 'running'}{loss}", refresh=False)
                 bar.refresh()
                 # A queued run that no living worker will come to ends the wait too.
                 if all(r.status in ended or (r.status == "queued" and not r.waits_for_worker) for r in records):

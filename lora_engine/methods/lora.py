@@ -234,19 +234,6 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> nn.Module:
     return model
 
 
-def eject(model: nn.Module) -> nn.Module:
-    """Inverse of `inject`, in place: every base module is back where it stood, its bits as they were.
-
-    What was merged is unmerged first; the base stays frozen."""
-    unmerge(model)
-    for name, adapter in reversed(list(adapters(model).items())):
-        base: Any = adapter.base_layer
-        base.train(adapter.training)
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, base)
-    return model
-
-
 def as_peft_reads(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """`config` with what PEFT makes of its names in a model whose experts are stacked (`calc.experts`)."""
     model_type = getattr(getattr(model, "config", None), "model_type", "")

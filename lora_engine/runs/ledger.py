@@ -167,8 +167,13 @@ class Ledger:
 
     def note_progress(self, run_id: str, text: str) -> None:
         """Say in a few words what is being done."""
+        self.note_progress_of([run_id], text)
+
+    def note_progress_of(self, run_ids: Sequence[str], text: str) -> None:
+        """`note_progress` of several runs."""
+        rows = [(text, check_run_id(run_id)) for run_id in run_ids]
         with transaction(self.path, write=True) as connection:
-            connection.execute("UPDATE runs SET progress = ? WHERE id = ?", (text, check_run_id(run_id)))
+            connection.executemany("UPDATE runs SET progress = ? WHERE id = ?", rows)
 
     def finish_run(
         self, run_id: str, status: str, *, result: Mapping[str, Any] | None = None, error: str | None = None
@@ -279,7 +284,9 @@ class Ledger:
             running = connection.execute(
                 "SELECT id, pid, create_time, identity FROM runs WHERE status = 'running'"
             ).fetchall()
-        dead = [row for row in running if not is_alive(row["pid"], row["create_time"], row["identity"])]
+        workers = {(row["pid"], row["create_time"], row["identity"]) for row in running}
+        living = {worker: is_alive(*worker) for worker in workers}  # one works on many runs: ask once
+        dead = [row for row in running if not living[row["pid"], row["create_time"], row["identity"]]]
         if not dead:
             return []
         changed = []
@@ -306,6 +313,15 @@ class Ledger:
         if row is None:
             raise missing("run", run_id)
         return run_from_row(row)
+
+    def find_runs(self, run_ids: Sequence[str]) -> list[RunRecord]:
+        """Those of `run_ids` that are there, oldest first; unlike `get_run` without looking whether workers live."""
+        wanted = json.dumps([check_run_id(run_id) for run_id in run_ids])
+        with transaction(self.path, write=False) as connection:
+            rows = connection.execute(
+                f"{_SELECT_RUNS} WHERE id IN (SELECT value FROM json_each(?)) ORDER BY number", (wanted,)
+            ).fetchall()
+        return [run_from_row(row) for row in rows]
 
     def list_runs(self, *, sweep_id: str | None = None, status: str | None = None) -> list[RunRecord]:
         """Runs, newest first; of one sweep or one status where given."""

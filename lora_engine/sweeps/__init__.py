@@ -5,13 +5,21 @@ from lora_engine.sweeps.halving import EarlyExitBill, early_exit_bill, judge, ru
 from lora_engine.sweeps.launch import cancel_sweep, resume_sweep, start_sweep
 from lora_engine.sweeps.packing import BAND, PACKED, RunGroup, group_runs, pack_refusal
 from lora_engine.sweeps.spec import SweepSpec, expand_grid
-from lora_engine.sweeps.timing import Throughput, estimate_run_seconds, estimate_sweep_seconds, find_throughput
+from lora_engine.sweeps.timing import (
+    PackedEstimate,
+    Throughput,
+    estimate_packed_sweep_seconds,
+    estimate_run_seconds,
+    estimate_sweep_seconds,
+    find_throughput,
+)
 
 __all__ = [
     "BAND",
     "PACKED",
     "Advice",
     "EarlyExitBill",
+    "PackedEstimate",
     "RunGroup",
     "SweepSpec",
     "Throughput",
@@ -19,6 +27,7 @@ __all__ = [
     "best_over",
     "cancel_sweep",
     "early_exit_bill",
+    "estimate_packed_sweep_seconds",
     "estimate_run_seconds",
     "estimate_sweep_seconds",
     "expand_grid",

@@ -17,6 +17,8 @@ class RunView(Protocol):
     @property
     def status(self) -> str: ...
     @property
+    def dropped(self) -> bool: ...
+    @property
     def waits_for_worker(self) -> bool: ...
 
 
@@ -49,19 +51,28 @@ def start_sweep(ledger: SweepLedger, spec: SweepSpec, executor: Submitter, predi
 
 
 def resume_sweep(
-    ledger: SweepLedger, sweep_id: str, executor: Submitter, *, failed: bool = False, cancelled: bool = False
+    ledger: SweepLedger,
+    sweep_id: str,
+    executor: Submitter,
+    *,
+    failed: bool = False,
+    cancelled: bool = False,
+    dropped: bool | None = None,
 ) -> list[str]:
     """Submit again what is left of a sweep; the run ids submitted, in grid order.
 
     Left are interrupted runs and queued ones that no living worker will come to; with `failed` and
-    `cancelled` those too. Done and running runs are never touched, and a claim is atomic, so no
+    `cancelled` those too; `dropped` (None: as `cancelled`) says it of runs that early exit ended, which are then
+    trained to the end of the full grid. Done and running runs are never touched, and a claim is atomic, so no
     cell is trained twice however often this is called. Raises NotFoundError."""
     ledger.get_sweep(sweep_id)
     wanted = {"interrupted", *(["failed"] if failed else []), *(["cancelled"] if cancelled else [])}
+    dropped = cancelled if dropped is None else dropped
     resubmitted = []
     for run in reversed(ledger.list_runs(sweep_id=sweep_id)):
         stranded = run.status == "queued" and not run.waits_for_worker
-        if stranded or (run.status in wanted and ledger.requeue(run.id)):
+        left = dropped if run.dropped else run.status in wanted
+        if stranded or (left and ledger.requeue(run.id)):
             resubmitted.append(run.id)
     if resubmitted:
         executor.submit(resubmitted)

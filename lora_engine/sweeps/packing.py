@@ -13,7 +13,7 @@ PACKED = ("auto", "always", "never")
 # Ranks are padded with zeros to the largest of their pack; four times is where the padding's products still cost less
 # than a pass of their own.
 BAND = 4
-_ALONE = "no other run here differs from it only in what rows of a pack may differ in"
+ALONE = "no other run here differs from it only in what rows of a pack may differ in"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def group_runs(runs: Iterable[tuple[str, RunConfig]]) -> list[RunGroup]:
         bands = _bands({_rank(config) for _, config in members})
         for band in bands:
             rows = tuple((run_id, config) for run_id, config in members if _rank(config) in band)
-            groups.append(RunGroup(rows, _ALONE if len(rows) == 1 else None))
+            groups.append(RunGroup(rows, ALONE if len(rows) == 1 else None))
     return groups + [RunGroup(tuple(members), reason) for reason, members in refused.items()]
 
 

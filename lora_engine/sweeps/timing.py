@@ -9,6 +9,8 @@ import pandas as pd
 from lora_engine.calc import estimate_step_flops, load_shape, parse_targets
 from lora_engine.config import FullConfig, LoraConfig, MethodConfig, RunConfig
 from lora_engine.errors import InputError
+from lora_engine.sweeps.halving import trained_share
+from lora_engine.sweeps.packing import pack_refusal
 from lora_engine.sweeps.spec import SweepSpec, expand_grid
 
 # Guesses of the right order for a small model, used until a first run is done. Pretraining one of
@@ -81,7 +83,67 @@ def estimate_sweep_seconds(
     return repeats * sum(estimate_run_seconds(config, throughput=throughput) for config in configs)
 
 
+@dataclass(frozen=True)
+class PackedEstimate:
+    """Seconds of a packed sweep, and in words how it is known."""
+
+    seconds: float
+    basis: str
+
+
+def estimate_packed_sweep_seconds(spec: SweepSpec, frame: pd.DataFrame | None = None) -> PackedEstimate | None:
+    """Seconds for a sweep as `spec` says: packed, and with early exit if it has that. None: nobody knows, since no
+    packed run of this model was done on such a device, or the sweep cannot be packed.
+
+    From each earlier run's share of its packs' steps, by FLOPs, and what sweeps took beside their steps."""
+    train = spec.base.train
+    if spec.packed == "never" or pack_refusal(spec.base) is not None:
+        return None
+    rows = _packed_runs(frame)
+    rows = rows[rows["device"].map(lambda device: _same_device(train.device, device)).astype(bool)]
+    rows = rows[rows["model"] == spec.base.model]
+    same_data = rows[rows["data_path"] == spec.base.data.path]
+    rows, words = (same_data, "of this model on this data") if len(same_data) else (rows, "of this model")
+    if rows.empty:
+        return None
+    latest = rows[rows["sweep_id"] == rows["sweep_id"].iloc[-1]]
+    flops = sum(_flops_of_row(row) for row in latest.to_dict("records"))
+    beside = max(0.0, float(latest["wall_seconds"].max() - latest["seconds"].sum())) / len(latest)
+    configs = expand_grid(spec)[: len(spec.rs)]
+    sequences = train.batch_size * train.accumulation
+    step_flops = sum(_step_flops(c.model, c.method, sequences, train.max_length) for c in configs)
+    repeats = spec.num_runs // len(spec.rs)
+    steps = repeats * train.steps * step_flops * float(latest["seconds"].sum()) / flops
+    if spec.early_exit:
+        steps *= trained_share(train, spec.num_runs // len(spec.seeds))
+    plural = "run" if len(latest) == 1 else "runs"
+    basis = f"from {len(latest)} {plural} {words} in the latest packed sweep"
+    return PackedEstimate(beside * spec.num_runs + steps, basis)
+
+
+def _packed_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
+    done = _done_runs(frame)
+    return done[_pack_size(done) > 1]
+
+
+def _pack_size(frame: pd.DataFrame) -> "pd.Series[Any]":
+    sizes = frame.get("pack_size")
+    return pd.Series(1.0, index=frame.index) if sizes is None else sizes.fillna(1.0)
+
+
 def _timed_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
+    """Done runs with the seconds that they take alone: of packed ones what was probed, else they tell nothing."""
+    done = _done_runs(frame)
+    packed = _pack_size(done) > 1
+    if not packed.any():
+        return done
+    alone = done["alone_step_seconds"] * done["steps"]
+    seconds = done["seconds"].where(~packed, alone)
+    done = done.assign(seconds=seconds, wall_seconds=done["wall_seconds"].where(~packed))
+    return done[done["seconds"].notna()]
+
+
+def _done_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
     columns = ["model", "data_path", "device", "method", "r", "targets", "steps", "batch_size", "max_length"]
     if frame is None or frame.empty:
         return pd.DataFrame({column: [] for column in [*columns, "seconds", "wall_seconds"]})

@@ -43,3 +43,32 @@ def generate_text(
         past, ids = result.past_key_values, torch.tensor([[token]], device=device)
     model.train(was_training)
     return tokenizer.decode(out, skip_special=True)
+
+
+@torch.no_grad()
+def generate_texts(
+    model: Any, tokenizer: TextTokenizer, prompt_ids: list[int], size: int, *, max_new_tokens: int = 48
+) -> list[str]:
+    """What each of the `size` adapters packed in `model` says after the one prompt, greedily: `generate_text` of all
+    at once."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    kept = prompt_ids[-(context - 1) :] or [tokenizer.eos_id or 0]
+    ids = torch.tensor([kept] * size, device=device)  # (size, length)
+    out: list[list[int]] = [[] for _ in range(size)]
+    over = [False] * size
+    past = None
+    for _ in range(min(max_new_tokens, context - len(kept))):
+        result = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        tokens = result.logits[:, -1].float().cpu().nan_to_num().argmax(-1).tolist()
+        for i, token in enumerate(tokens):
+            over[i] = over[i] or token == tokenizer.eos_id
+            if not over[i]:
+                out[i].append(token)
+        if all(over):
+            break
+        past, ids = result.past_key_values, torch.tensor(tokens, device=device).unsqueeze(1)
+    model.train(was_training)
+    return [tokenizer.decode(row, skip_special=True) for row in out]

@@ -10,13 +10,13 @@ from lora_engine.sweeps import SweepSpec, early_exit_bill, resume_sweep, start_s
 
 CONFIG = RunConfig(
     data=DataConfig(path=str(asset_path("datasets/customer_support.jsonl"))),
-    method=LoraConfig(),
-    train=TrainConfig(steps=8, batch_size=2, max_length=48, eval_every=2, eval_examples=4, device="cpu"),
+    method=LoraConfig(target_modules="attention"),
+    train=TrainConfig(steps=8, batch_size=2, max_length=32, eval_every=2, eval_examples=4, device="cpu"),
 )
 RUNGS = {2: 4, 4: 2}  # step -> cells that come to it
 
 
-@pytest.mark.parametrize("packed", ["never"])
+@pytest.mark.parametrize("packed", ["never", "always"])
 def test_halving_and_the_full_grid_afterwards(home, packed):
     ledger, executor = Ledger(home), InlineExecutor(home)
     ways = {"packed": packed, "early_exit": True}
