@@ -49,8 +49,8 @@ def run_early_exit(*, smoke: bool = False, repeats: int = 0) -> dict[str, Any]: 
         "steps": train.steps,
         "sequential": {
             "seconds": sequential,
-            "note": f"{tried.num_runs} runs, one of every rank, took {alone_seconds:.1f} s, {each:.2f} s each after the first; "
-            "all others at that",
+            "note": f"{tried.num_runs} runs, one of every rank, took {alone_seconds:.1f} s, "
+            f"{each:.2f} s each after the first; all others at that",
             "estimate_of_the_page_seconds": alone_estimate,
         },
         "full": {"seconds": full_seconds, "times_faster": sequential / full_seconds, **_facts(full)},

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.workload import PAD_ID, Workload
+from benchmarks.workload import PAD_ID, Workload, model_shape
 
+from lora_engine import calc
 from lora_engine.config import LoraConfig
 from lora_engine.training.pack import train_pack
 from lora_engine.training.pack_step import PackRow
@@ -48,3 +49,12 @@ def _cell(work: Workload, ranks: tuple[int, ...]) -> dict[str, Any]:
             }
         )
     return {"tokens": work.tokens, "ranks": list(ranks), "kind": done[0].state.peak_kind, "sizes": sizes}
+
+
+def predict(work: Workload, methods: list[LoraConfig]) -> int:
+    """Activations of all sequences, and 16 bytes for each parameter padded to the largest rank of the pack."""
+    shape, padded = model_shape(work.model), LoraConfig(r=max(method.r for method in methods))
+    one = calc.estimate_memory(
+        shape, padded, precision=work.precision, batch_size=len(methods) * work.batch_size, seq_length=work.length
+    )
+    return one.peak_bytes + 16 * (len(methods) - 1) * calc.count_parameters(shape, padded).trainable_parameters
