@@ -21,17 +21,18 @@ def run_pack_memory(*, smoke: bool = False, repeats: int = 0) -> dict[str, Any]:
             work = Workload(steps=3, batch_size=batch_size, length=length)
             if smoke:
                 work = replace(work, model="tiny Llama", batch_size=1, length=16)
-            cells.append(_cell(work, ranks))
+            cells.append(cell(work, ranks))
     return {"cells": cells}
 
 
-def _cell(work: Workload, ranks: tuple[int, ...]) -> dict[str, Any]:
+def cell(work: Workload, ranks: tuple[int, ...]) -> dict[str, Any]:
     base = work.load()
     sizes: list[dict[str, Any]] = []
     for size in SIZES:
         methods = [LoraConfig(r=ranks[i % len(ranks)]) for i in range(size)]
         rows = [
-            PackRow(name=str(i), config=replace(work.configs[i], method=method)) for i, method in enumerate(methods)
+            PackRow(name=str(i), config=replace(work.configs[i % work.num_configs], method=method))
+            for i, method in enumerate(methods)
         ]
         done = train_pack(base, rows, work.rows, [], pad_id=PAD_ID)
         measured = done[0].state.notes["pack"]["peak_bytes"]
@@ -55,6 +56,11 @@ def predict(work: Workload, methods: list[LoraConfig]) -> int:
     """Activations of all sequences, and 16 bytes for each parameter padded to the largest rank of the pack."""
     shape, padded = model_shape(work.model), LoraConfig(r=max(method.r for method in methods))
     one = calc.estimate_memory(
-        shape, padded, precision=work.precision, batch_size=len(methods) * work.batch_size, seq_length=work.length
+        shape,
+        padded,
+        precision=work.precision,
+        batch_size=len(methods) * work.batch_size,
+        seq_length=work.length,
+        labelled_share=(work.length - 1) / work.length,  # the first token of a row is nobody's next
     )
     return one.peak_bytes + 16 * (len(methods) - 1) * calc.count_parameters(shape, padded).trainable_parameters
