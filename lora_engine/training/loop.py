@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from lora_engine.config import TrainConfig
 from lora_engine.data import Encoded
-from lora_engine.training.base import PRECISION_PLANS, autocast_of
-from lora_engine.training.batches import Batch, evaluation_batches, make_batch, rows_of_step
+from lora_engine.training.base import PRECISION_PLANS
+from lora_engine.training.batches import evaluation_batches, make_batch, rows_of_step
 from lora_engine.training.checkpoint import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
-from lora_engine.training.loss import evaluate, labelled_loss_sum
+from lora_engine.training.graphs import without_device_checks
+from lora_engine.training.loss import evaluate
 from lora_engine.training.measure import PeakMemory
+from lora_engine.training.prefix_cache import cached_prefix
+from lora_engine.training.steps import Trained, build_steps
+from lora_engine.training.steps import heaviest_step as heaviest_step
 
 
 @dataclass(frozen=True)
@@ -66,18 +70,6 @@ def lr_at(config: TrainConfig, step: int) -> float:
     return config.lr * factors[config.schedule]
 
 
-def heaviest_step(rows: Sequence[Encoded], config: TrainConfig) -> int:
-    """Which step to measure: the longest batch of the first hundred, and not the very first step, since
-    the optimizer's state exists from the second on."""
-    lengths = [len(row.input_ids) for row in rows]
-
-    def longest(step: int) -> int:
-        micros = range(step * config.accumulation, (step + 1) * config.accumulation)
-        return max(lengths[i] for m in micros for i in rows_of_step(len(rows), config.batch_size, m, config.seed))
-
-    return max(range(1, min(config.steps, 100)), key=longest, default=0)
-
-
 def build_optimizer(
     parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], config: TrainConfig
 ) -> torch.optim.Optimizer:
@@ -110,82 +102,89 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=PRECISION_PLANS[config.precision].scaled)
     if checkpoint and checkpoint.exists():
         state = _restore(checkpoint, named, optimizer, scaler)
-    autocast = autocast_of(config, device)
+    trained = Trained(model, list(named.values()), optimizer, scaler, config)
+    steps = build_steps(trained, train_rows, pad_id)
     memory = PeakMemory(model, optimizer, device)
     eval_batches = evaluation_batches(eval_rows, config, pad_id, device)
     eval_every = config.eval_every or max(1, config.steps // 10)
+    reports = _Reports(state, memory, callbacks.on_step)
 
     def run_eval(step: int) -> float:
-        with autocast:
-            loss = evaluate(model, eval_batches)
+        with trained.autocast:
+            loss = evaluate(model, eval_batches, trained.loss_sum)
         callbacks.on_eval(step, loss)
         return loss
 
-    if state.eval_loss_before is None:
-        state.eval_loss_before = run_eval(0)
-    model.train()
-    measured = heaviest_step(train_rows, config)
-    for step in range(state.step, config.steps):
-        if callbacks.should_stop():
-            state.stopped = True
-            break
-        began = time.perf_counter()
-        batches = [
-            make_batch(
-                [train_rows[i] for i in rows_of_step(len(train_rows), config.batch_size, micro, config.seed)],
-                pad_id,
-                device,
-            )
-            for micro in range(step * config.accumulation, (step + 1) * config.accumulation)
-        ]
-        torch.manual_seed((config.seed << 24) + step)  # dropout's stream
-        with memory.watch() if step == measured else contextlib.nullcontext():
-            loss, grad_norm = _step(model, batches, optimizer, scaler, autocast, named, config, lr_at(config, step))
-        state.step = step + 1
-        state.tokens += sum(batch.num_tokens for batch in batches)
-        state.seconds += time.perf_counter() - began
-        state.peak_bytes = max(state.peak_bytes, memory.peak_bytes)
-        callbacks.on_step(StepReport(state.step, loss, lr_at(config, step), grad_norm, state.tokens, state.seconds))
-        if state.step % eval_every == 0 and state.step < config.steps:
-            run_eval(state.step)
-        if checkpoint and state.step % config.checkpoint_every == 0 and state.step < config.steps:
+    def is_due(every: int, step: int) -> bool:
+        return step % every == 0 and step < config.steps
+
+    with without_device_checks(), cached_prefix(trained, train_rows, eval_rows, pad_id) as prefix:
+        if state.eval_loss_before is None:
+            state.eval_loss_before = run_eval(0)
+        model.train()
+        for step in range(state.step, config.steps):
+            if not reports.waiting and callbacks.should_stop():
+                state.stopped = True
+                break
+            reports.begin()
+            batches = [
+                make_batch(
+                    [train_rows[i] for i in rows_of_step(len(train_rows), config.batch_size, micro, config.seed)],
+                    pad_id,
+                )
+                for micro in range(step * config.accumulation, (step + 1) * config.accumulation)
+            ]
+            torch.manual_seed((config.seed << 24) + step)  # dropout's stream
+            lr = lr_at(config, step)
+            with memory.watch() if step == steps.measured else contextlib.nullcontext():
+                measured = steps(batches, lr)
+            reports.add(step + 1, lr, sum(batch.num_tokens for batch in batches), measured)
+            eval_due, save_due = is_due(eval_every, step + 1), is_due(config.checkpoint_every, step + 1)
+            if len(reports.waiting) >= steps.read_back or eval_due or save_due or step + 1 == config.steps:
+                reports.read()
+            if eval_due:
+                run_eval(step + 1)
+            if checkpoint and save_due:
+                _save(checkpoint, named, optimizer, scaler, state)
+        state.peak_kind, state.reserved_bytes = memory.kind, memory.reserved_bytes
+        state.notes["graph"] = steps.graph
+        state.notes["prefix_cache"] = (
+            prefix if isinstance(prefix, str) else {"layers": prefix.depth, "bytes": prefix.num_bytes}
+        )
+        if state.stopped and checkpoint:
             _save(checkpoint, named, optimizer, scaler, state)
-    state.peak_kind, state.reserved_bytes = memory.kind, memory.reserved_bytes
-    if state.stopped and checkpoint:
-        _save(checkpoint, named, optimizer, scaler, state)
-    if not state.stopped:
-        state.eval_loss_after = run_eval(state.step)
+        if not state.stopped:
+            state.eval_loss_after = run_eval(state.step)
     return state
 
 
-def _step(
-    model: Any,
-    batches: Sequence[Batch],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    autocast: Any,
-    named: dict[str, nn.Parameter],
-    config: TrainConfig,
-    lr: float,
-) -> tuple[float, float]:
-    """One optimizer step over its micro-batches: (mean loss, gradient norm before clipping)."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    num_labels = max(1, sum(batch.num_labels for batch in batches))
-    total = 0.0
-    for batch in batches:
-        with autocast:
-            # The mean over all labelled tokens of the step, however they fall into micro-batches.
-            loss = labelled_loss_sum(model, batch) / num_labels
-        scaler.scale(loss).backward()
-        total += float(loss.detach())
-    scaler.unscale_(optimizer)
-    limit = config.max_grad_norm or float("inf")
-    grad_norm = float(nn.utils.clip_grad_norm_(named.values(), limit))
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm
+class _Reports:
+    """Steps whose figures still lie on the device; reading them waits for the device, once for all."""
+
+    def __init__(self, state: LoopState, memory: PeakMemory, on_step: Callable[[StepReport], None]) -> None:
+        self.state, self.memory, self.on_step = state, memory, on_step
+        self.waiting: list[tuple[int, float, int, Tensor]] = []
+        self._began = 0.0
+
+    def begin(self) -> None:
+        if not self.waiting:
+            self._began = time.perf_counter()
+
+    def add(self, step: int, lr: float, num_tokens: int, measured: Tensor) -> None:
+        self.waiting.append((step, lr, num_tokens, measured))
+
+    def read(self) -> None:
+        """Into the state, and on to who listens. A step's seconds are its share of those since the last look."""
+        rows = torch.stack([measured for *_, measured in self.waiting]).tolist()
+        seconds = (time.perf_counter() - self._began) / len(rows)
+        waiting, self.waiting = self.waiting, []
+        state = self.state
+        for (step, lr, num_tokens, _), (*losses, norm) in zip(waiting, rows, strict=True):
+            state.step = step
+            state.tokens += num_tokens
+            state.seconds += seconds
+            state.peak_bytes = max(state.peak_bytes, self.memory.peak_bytes)
+            self.on_step(StepReport(step, sum(losses), lr, norm, state.tokens, state.seconds))
 
 
 def _save(

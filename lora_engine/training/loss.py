@@ -1,6 +1,7 @@
 """Cross-entropy on the labelled rows only, taken before the output head where the model allows; and how often a
 classifier is right."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,18 +32,16 @@ def labelled_logits(model: Any, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Any, batches: list[Batch]) -> float:
-    """Mean loss in nats per labelled token over `batches`, in evaluation mode."""
+def evaluate(model: Any, batches: list[Batch], loss_sum: Callable[[Any, Batch], Tensor] = labelled_loss_sum) -> float:
+    """Mean loss in nats per labelled token over `batches`, in evaluation mode; the device is waited for once."""
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        num = batch.num_labels
-        if num:
-            total += float(labelled_loss_sum(model, batch))
-            count += num
+    labelled = [batch for batch in batches if batch.num_labels]
+    losses = [loss_sum(model, batch) for batch in labelled]
     model.train(was_training)
-    return total / count if count else float("nan")
+    if not losses:
+        return float("nan")
+    return float(sum(torch.stack(losses).tolist()) / sum(batch.num_labels for batch in labelled))
 
 
 def class_logits(model: Any, batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, masking_utils
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 from transformers.integrations import moe
 
 from lora_engine.assets_path import asset_path
@@ -31,6 +31,7 @@ from lora_engine.methods.places import transformer_layers
 from lora_engine.methods.quantized import QUANTIZED_PRECISIONS, quantize_model
 from lora_engine.training.base import autocast_of, prepare_model, weight_dtype
 from lora_engine.training.batches import Batch
+from lora_engine.training.graphs import without_device_checks
 from lora_engine.training.loop import build_optimizer
 from lora_engine.training.loss import labelled_loss_sum
 from lora_engine.training.measure import LiveBytes
@@ -259,12 +260,9 @@ def _attention_without_dropout(*args: Any, **kwargs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _plain_transformers() -> Iterator[None]:
-    """Where transformers or torch would ask a fake tensor what it cannot say: a batch of ours is never packed, which
-    transformers finds out by reading positions; and products of grouped experts go through a stand-in."""
-    with (
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
-        mock.patch.object(moe, "_grouped_mm", _grouped_mm),
-    ):
+    """Where transformers or torch would ask a fake tensor what it cannot say: products of grouped experts go through
+    a stand-in."""
+    with without_device_checks(), mock.patch.object(moe, "_grouped_mm", _grouped_mm):
         yield
 
 
