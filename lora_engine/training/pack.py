@@ -22,7 +22,7 @@ from lora_engine.training.base import PRECISION_PLANS
 from lora_engine.training.loop import StepReport, heaviest_step, lr_at
 from lora_engine.training.loss import evaluate
 from lora_engine.training.memory_limits import is_out_of_memory
-from lora_engine.training.pack_batches import evaluate_pack
+from lora_engine.training.pack_loss import evaluate_pack
 from lora_engine.training.pack_step import PackedSteps, PackRow
 
 

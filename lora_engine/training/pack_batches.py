@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_engine.data import Encoded
 from lora_engine.data.encode import num_trained
 from lora_engine.training.batches import Batch, evaluation_batches, make_batch, rows_of_step
-from lora_engine.training.loss import labelled_logits
 
 if TYPE_CHECKING:
     from lora_engine.training.pack import PackRow
@@ -85,32 +84,3 @@ def repeat_batch(batch: Batch, size: int) -> Batch:
         batch.num_tokens * size,
         None if mask is None else mask.repeat(size, 1),
     )
-
-
-def pack_losses(model: Any, packed: PackBatch) -> tuple[Tensor, Tensor]:
-    """(sum over configs of each one's share of its token mean, to go backward from; the same of each config (N,))."""
-    logits = labelled_logits(model, packed.batch)
-    losses = nn.functional.cross_entropy(logits, packed.batch.targets, reduction="none")
-    weighted = losses * packed.weights.to(losses.dtype)
-    each = torch.zeros(len(packed.num_tokens), dtype=torch.float64, device=losses.device)
-    return weighted.sum(), each.index_add_(0, packed.owners, weighted.detach().double())
-
-
-@torch.no_grad()
-def evaluate_pack(model: Any, batches: Sequence[Batch], size: int) -> list[float]:
-    """`evaluate` of each of `size` configs, over batches that hold every sequence once for each."""
-    was_training = model.training
-    model.eval()
-    totals, count = None, 0
-    for batch in batches:
-        if not batch.num_labels:
-            continue
-        losses = nn.functional.cross_entropy(labelled_logits(model, batch), batch.targets, reduction="none")
-        sums = losses.view(size, -1).sum(dim=1)
-        totals = sums if totals is None else totals + sums
-        count += batch.num_labels // size
-    model.train(was_training)
-    if totals is None:
-        return [float("nan")] * size
-    means: list[float] = (totals / count).tolist()
-    return means

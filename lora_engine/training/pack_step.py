@@ -14,7 +14,8 @@ from lora_engine.methods.packed import Pack, inject_pack
 from lora_engine.training.base import autocast_of
 from lora_engine.training.loop import LoopState, build_optimizer
 from lora_engine.training.measure import PeakMemory
-from lora_engine.training.pack_batches import PackBatches, pack_losses
+from lora_engine.training.pack_batches import PackBatches
+from lora_engine.training.pack_loss import pack_losses
 
 
 @dataclass
