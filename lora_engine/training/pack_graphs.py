@@ -1,15 +1,16 @@
 """The steps of a pack on fixed buffers, for a CUDA graph: `training.steps.StaticSteps` with a first dimension of N."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.data import Encoded
-from lora_engine.training import pack_step
 from lora_engine.training.batches import HOST, Batch, padded_length, rows_of_step
 from lora_engine.training.graphs import StaticStep, to_device, without_device_checks
 from lora_engine.training.pack_batches import PackBatch, PackBatches
+from lora_engine.training.pack_loss import pack_losses
 from lora_engine.training.pack_step import PackedSteps, clip_rows
 from lora_engine.training.steps import static_refusal
 
@@ -26,7 +27,8 @@ class StaticPackedSteps:
         self.batches = PackBatches(packed.rows, train_rows, pad_id, HOST)
         self.length = padded_length(max(self.batches.lengths))
         self.num_labels = sum(self._most_labels(i) for i in range(len(packed.rows)))
-        self.is_classifier = train_rows[0].label is not None
+        # Holds `packed` and not this object: a pack's memory goes with the last reference to it.
+        self._function = partial(_packed_step, packed, train_rows[0].label is not None)
         capture = packed.device.type == "cuda"
         self.lrs = torch.zeros(
             len(packed.rows), dtype=torch.float32 if capture else torch.float64, device=packed.device
@@ -72,7 +74,7 @@ class StaticPackedSteps:
         return measured, packed_batch.num_tokens
 
     def _values(self, packed: PackBatch, lrs: Sequence[float]) -> tuple[Tensor, ...]:
-        """What `_function` takes, on the host."""
+        """What `_packed_step` takes, on the host."""
         batch, own = packed.batch, packed.batch.input_ids.shape[1]
         wider, more = (0, self.length - own), (0, self.num_labels - batch.num_labels)
         input_ids = nn.functional.pad(batch.input_ids, wider, value=self.pad_id)
@@ -86,20 +88,27 @@ class StaticPackedSteps:
         padded = (nn.functional.pad(value, more) for value in (positions, batch.targets, packed.owners, packed.weights))
         return input_ids, *padded, rates
 
-    def _function(
-        self, input_ids: Tensor, attention: Tensor, targets: Tensor, owners: Tensor, weights: Tensor, _lrs: Tensor
-    ) -> tuple[Tensor]:
-        """`attention`: a classifier's attention mask, else the labels' positions."""
-        it = self.packed
-        positions, mask = (None, attention) if self.is_classifier else (attention, None)
-        batch = PackBatch(Batch(input_ids, positions, targets, 0, mask), owners, weights, [0] * len(it.rows))
-        it.pack.zero_grad()
-        with it.autocast:
-            total, each = pack_step.pack_losses(it.model, batch)
-        total.backward()
-        norms = clip_rows(it.pack.gradients, it.limits)
-        it.optimizer.step()
-        return (torch.stack((each, norms.double())),)
+
+def _packed_step(
+    it: PackedSteps,
+    is_classifier: bool,
+    input_ids: Tensor,
+    attention: Tensor,
+    targets: Tensor,
+    owners: Tensor,
+    weights: Tensor,
+    _lrs: Tensor,
+) -> tuple[Tensor]:
+    """(2, N). `attention`: a classifier's attention mask, else the labels' positions."""
+    positions, mask = (None, attention) if is_classifier else (attention, None)
+    batch = PackBatch(Batch(input_ids, positions, targets, 0, mask), owners, weights, [0] * len(it.rows))
+    it.pack.zero_grad()
+    with it.autocast:
+        total, each = pack_losses(it.model, batch)
+    total.backward()
+    norms = clip_rows(it.pack.gradients, it.limits)
+    it.optimizer.step()
+    return (torch.stack((each, norms.double())),)
 
 
 def static_pack_refusal(packed: PackedSteps) -> str | None:

@@ -49,6 +49,7 @@ def do(packed, step, num=7):
     return torch.tensor(results, dtype=torch.float64), packed.pack.parameters.detach().clone()
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_fixed_buffers_give_what_the_packs_own_steps_give(name, dtype, tolerance):
@@ -67,6 +68,7 @@ def test_fixed_buffers_give_what_the_packs_own_steps_give(name, dtype, tolerance
     assert torch.isfinite(torch.tensor([losses, norms])).all()
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_packed_step_asks_nothing_of_the_device(monkeypatch, name):
     monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
