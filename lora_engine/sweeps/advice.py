@@ -214,7 +214,7 @@ def _missing_sentence(frame: pd.DataFrame) -> str:
     if missing > 0:
         sentences.append(f"{missing} of {planned} runs of the grid {'is' if missing == 1 else 'are'} missing.")
     if len(dropped):
-        sentences.append(f"Early exit dropped {len(dropped)} runs that were behind.")
+        sentences.append(f"Early exit stopped {len(dropped)} of {len(frame)} runs.")
     return " ".join(sentences)
 
 

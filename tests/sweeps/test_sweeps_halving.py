@@ -78,7 +78,7 @@ def test_the_bill_before_the_full_grid_was_trained() -> None:
     assert (bill.best_was_dropped, bill.regret, bill.best) == (None, None, None)
     advice = advise(frame)
     assert advice.r == 2  # dropped runs have no say, and are not called missing
-    assert advice.reason.endswith("Early exit dropped 2 runs that were behind.")
+    assert advice.reason.endswith("Early exit stopped 2 of 4 runs.")
     assert "missing" not in advice.reason
 
 
