@@ -125,6 +125,7 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
         settings.seq_length,
         settings.attention == "eager" or shape.softcap,
         UNPACKING.get(settings.precision, 0),
+        shape.num_classes > 0,
     )
     highest = max(
         moments(
@@ -140,6 +141,8 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
     weights = weight_bytes(shape, settings.precision)
     if plan.head and not shape.tied:
         weights -= widths.weight * plan.trained  # the head itself is trained
+    elif plan.task_head:  # counted with the adapter, in float32, or with all else that is trained
+        weights += (4 * plan.full - widths.weight) * plan.task_head
     terms = {
         "weights": weights,
         "adapter": plan.adapter_bytes,
@@ -215,7 +218,7 @@ def rank_table(
     rows = []
     for r in ranks:
         config = replace(method, r=r)
-        trained = trained_lora_parameters(selection, config)
+        trained = trained_lora_parameters(selection, config) + shape.task_head_parameters
         memory = estimate(shape, config, checked)
         rows.append(
             {
