@@ -186,8 +186,8 @@ class _Layer:
         return Block(block.saved, block.passing, gradients)
 
     def _mask_saved(self) -> int:
-        """What a mask of the padding adds, in bytes: itself in the type of the scores, anew in each layer, and copies of
-        keys and values for every head of a group, which sdpa takes from one only where there is no mask."""
+        """What a mask of the padding adds, in bytes: itself in the type of the scores, anew in each layer, and keys
+        and values repeated to every head, which sdpa does without where there is no mask."""
         shape, step = self.shape, self.step
         if not step.padded or step.eager:
             return 0

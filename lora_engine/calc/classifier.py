@@ -1,9 +1,14 @@
 """A base model as the classifier that is trained on texts and labels: transformers' ...ForSequenceClassification."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
+from typing import TypeVar
 
 from lora_engine.calc.structure import LinearShape, ModelShape, OtherShape
 from lora_engine.errors import ConfigError, ModelConfigError
+
+P = TypeVar("P", LinearShape, OtherShape)
 
 # Where the pretrained part of an encoder sits inside the classes for a task.
 _ROOTS = {
@@ -14,6 +19,7 @@ _ROOTS = {
 _NONE = frozenset({"cohere", "granite", "llama4_text", "olmoe"})
 
 
+@lru_cache(maxsize=64)
 def as_classifier(shape: ModelShape, num_classes: int) -> ModelShape:
     """`shape` with transformers' own head for `num_classes` classes where the head of its config was.
 
@@ -31,7 +37,7 @@ def as_classifier(shape: ModelShape, num_classes: int) -> ModelShape:
         )
     root = _ROOTS.get(shape.model_type)
     linears, others, layer_path = _pretrained(shape, root)
-    h, head, norms = shape.hidden_size, [], []
+    h, norms = shape.hidden_size, list[OtherShape]()
     if root is None:
         # OPT-350m's hidden states leave the layers narrower, so the output head says how wide they are.
         width = next((x.in_features for x in shape.linears if x.name == shape.output_head), h)
@@ -55,7 +61,7 @@ def as_classifier(shape: ModelShape, num_classes: int) -> ModelShape:
         norms = [OtherShape("head.norm", 1, norm.num_parameters, "norm", h)]
     return replace(
         shape,
-        architecture=_title(shape.architecture) + "ForSequenceClassification",
+        architecture=_title(shape) + "ForSequenceClassification",
         tied=False,
         linears=(*linears, *head),
         others=(*others, *norms),
@@ -91,11 +97,15 @@ def _pretrained(shape: ModelShape, root: str | None) -> tuple[list[LinearShape],
     return linears, others, name(shape.layer_path)
 
 
-def _under(part, name):  # type: ignore[no-untyped-def]
+def _under(part: P, name: Callable[[str], str]) -> P:
     return replace(part, path=name(part.path)) if part.per_layer else replace(part, name=name(part.name))
 
 
-def _title(architecture: str) -> str:
+def _title(shape: ModelShape) -> str:
+    """What the names of the family's classes begin with."""
+    architecture = shape.architecture
+    if shape.model_type == "gemma3_text":
+        return "Gemma3Text"  # Gemma3 is the multimodal one
     for end in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "Model"):
         if architecture.endswith(end):
             return architecture.removesuffix(end)

@@ -213,9 +213,7 @@ def _own_flops(
         return _Own(forward_once=2 * method.prefix_length * weights, backward_once=4 * method.prefix_length * weights)
     if isinstance(method, HeadConfig):
         heads = {shape.output_head, *shape.task_head}
-        return _Own(
-            backward=sum(2 * x.in_features * x.out_features for x in shape.linears if x.name in heads)
-        )
+        return _Own(backward=sum(2 * x.in_features * x.out_features for x in shape.linears if x.name in heads))
     return _Own()
 
 

@@ -80,6 +80,10 @@ def moments(
     weight = step.unpacked(max(x.in_features * x.out_features for x in shape.linears if x.per_layer))
     last = tokens * shape.hidden_size * (4 + 3 * widths.stream)
     inside = _forward_passing(shape, step) if checkpointing or not flows else 0
+    if inside and shape.is_decoder and not (checkpointing or shape.rotary):
+        inside += tokens * widths.stream * shape.hidden_size  # the embedding's output, before positions are added
+    if shape.num_classes and not (shape.is_decoder or shape.rotary or checkpointing):
+        last = _last_sum(shape, plan, step)
     yield moment("forward", 0, kept, 0, max(last, inside) + weight + mask)
     always += mask if checkpointing else 0
     # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its input
@@ -151,6 +155,24 @@ def _forward_passing(shape: ModelShape, step: Step) -> int:
     return step.tokens * max(mlp, scores + h * (2 * s + c) + 3 * c * shape.query_width)
 
 
+def _last_sum(shape: ModelShape, plan: Plan, step: Step) -> int:
+    """What BERT's last norm, the end of its forward pass, has beside what the layers keep, in bytes: its input and
+    output, the result of the last map, and whatever the layer's maps have read and not kept."""
+    c, s, h = step.widths.compute, step.widths.stream, shape.hidden_size
+    fed = {name for part in shape.others if part.per_layer for name in part.feeds}
+    trained = plan.layer(shape.num_layers - 1)
+    kept = {(x.group, x.name in fed) for x in shape.linears if x.per_layer and trained.trains(x)}
+    held = h * (2 * s + c)
+    if ("attention", True) not in kept:
+        held += 2 * s * h  # the layer's input, and the first one's, which the model holds until it returns
+    if ("mlp", True) not in kept:
+        held += s * h
+    if ("mlp", False) not in kept and not trained.scales:
+        # DistilBERT's MLP has let go of it by its norm; it is highest just before.
+        held += c * shape.intermediate_size - (s * h if shape.model_type == "distilbert" else 0)
+    return step.tokens * held
+
+
 def _backward(run: _Run, moment: Callable[..., Moment], done: int, below: int) -> Iterator[Moment]:
     here = run.saved
     for block in reversed(run.blocks):
@@ -195,7 +217,7 @@ def _outside(shape: ModelShape, plan: Plan, step: Step, rows: int, flows: bool) 
         passing = max(passing, step.tokens * norm_passing(shape, part, plan.full, widths))
         gradients += widths.weight * part.num_parameters if plan.full else 0
     if shape.num_classes:
-        more, grown = _outside_classifier(shape, plan, step, flows)
+        more, grown = _outside_classifier(shape, plan, step)
         into_all = step.widths.stream * shape.hidden_size * step.tokens
         return saved + more, max(passing, into_all) if flows else 0, gradients + grown
     for linear in shape.linears:
@@ -215,7 +237,7 @@ def _outside(shape: ModelShape, plan: Plan, step: Step, rows: int, flows: bool) 
     return saved, max(passing, into_rows) if flows else 0, gradients
 
 
-def _outside_classifier(shape: ModelShape, plan: Plan, step: Step, flows: bool) -> tuple[int, int]:
+def _outside_classifier(shape: ModelShape, plan: Plan, step: Step) -> tuple[int, int]:
     """(saved, gradients but for the task head's) of a classifier's maps behind the layers, in bytes."""
     widths, saved, gradients = step.widths, 0, 0
     behind = [x for x in shape.linears if not x.per_layer and not x.name.endswith(("project_in", "embed_proj"))]

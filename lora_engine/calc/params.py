@@ -50,7 +50,8 @@ def count_parameters(shape: ModelShape, method: MethodConfig) -> ParameterCount:
     """What `method` trains in a model of `shape`, by module. Raises TargetError, ConfigError.
 
     LoRA: r * (in + out) per adapted module (Hu et al. 2021, section 4.1); DoRA: out more, one magnitude per
-    output (Liu et al. 2024, section 4). Full: everything. The others: see COUNTERS. Of a classifier also its new head."""
+    output (Liu et al. 2024, section 4). Full: everything. The others: see COUNTERS. Of a classifier its
+    new head too."""
     modules, notes = COUNTERS[method.method](shape, method)
     if method.method not in ("full", "head"):  # where it is counted already
         modules += _task_head(shape)
@@ -100,9 +101,11 @@ def adapter_file_bytes(shape: ModelShape, method: MethodConfig) -> int:
     if isinstance(method, FullConfig):
         tensors = sum(linear.count * (1 + linear.has_bias) for linear in shape.linears) + 2 * len(shape.others)
         tensors += sum(stack.count * (1 + stack.has_bias) for stack in shape.experts)
-    else:
-        tensors = sum(4 * module.count for module in counted.modules)
-    return _FILE_START + 4 * counted.trainable_parameters + _TENSOR_ENTRY * tensors
+        return _FILE_START + 4 * counted.trainable_parameters + _TENSOR_ENTRY * tensors
+    each = 4 if isinstance(method, BottleneckConfig) else 1  # two maps, each with its bias
+    tensors = sum(each * module.count for module in counted.modules if module.name not in shape.task_head)
+    own = counted.trainable_parameters - shape.task_head_parameters
+    return _FILE_START + 4 * own + _TENSOR_ENTRY * tensors + _task_head_bytes(shape)
 
 
 def lora_file_bytes(shape: ModelShape, selection: Selection, config: LoraConfig) -> int:

@@ -101,7 +101,7 @@ def check_dataset(
 
 def check_examples(dataset: Dataset, tokenizer: TextTokenizer, *, max_length: int) -> DataReport:
     """`check_dataset` for a file that was read already."""
-    names = class_names(dataset)
+    names = class_names(dataset) if len(dataset.examples) > 1 else ()  # a single row is refused below
     encoded = (
         _encode_texts(dataset, names, tokenizer, max_length)
         if names
@@ -147,9 +147,7 @@ def check_examples(dataset: Dataset, tokenizer: TextTokenizer, *, max_length: in
     )
 
 
-def _encode_texts(
-    dataset: Dataset, names: Sequence[str], tokenizer: TextTokenizer, max_length: int
-) -> EncodedRows:
+def _encode_texts(dataset: Dataset, names: Sequence[str], tokenizer: TextTokenizer, max_length: int) -> EncodedRows:
     """The texts as a classifier reads them. Raises ConfigError for a `max_length` below 3."""
     if max_length < 3:
         raise ConfigError("max_length", max_length, "a whole number of at least 3")
