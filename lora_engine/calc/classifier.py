@@ -68,7 +68,7 @@ def as_classifier(shape: ModelShape, num_classes: int) -> ModelShape:
         layer_path=layer_path,
         output_head=None,
         num_classes=num_classes,
-        task_head=tuple(part.name for part in (*head, *norms)),
+        task_head=(*(x.name for x in head), *(x.name for x in norms)),
     )
 
 

@@ -44,7 +44,7 @@ def evaluate(model: Any, batches: list[Batch]) -> float:
 
 def class_logits(model: Any, batch: Batch) -> Tensor:
     """(sequences, classes)."""
-    more = {"use_cache": False} if _takes_cache(type(model)) else {}
+    more = {"use_cache": False} if _takes_cache(model.__class__) else {}
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more).logits
     return logits
 

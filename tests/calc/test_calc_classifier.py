@@ -1,6 +1,5 @@
 """A base as the classifier that is trained: its parts, counts and bytes against transformers' class and real steps."""
 
-import gc
 import json
 
 import pytest
@@ -200,7 +199,6 @@ def measured_peak(family, method, train):
     batch = make_batch(rows, config.pad_token_id, torch.device("cpu"))
     memory = PeakMemory(model, optimizer, torch.device("cpu"))
     for _ in range(2):
-        gc.collect()
         with memory.watch():
             (labelled_loss_sum(model, batch) / batch.num_labels).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
