@@ -199,7 +199,7 @@ def test_a_prefix_is_trained_and_generates(capsys, home):
     assert text["scale"] == 1.0
 
 
-def test_texts_with_labels_train_a_classifier(capsys, tmp_path):
+def test_texts_with_labels_train_a_classifier(capsys, tmp_path, home):
     path = tmp_path / "reviews.csv"
     path.write_text("text,label\n" + "".join(f"film {i} is {w},{w}\n" for i in range(12) for w in ("good", "bad")))
     _, payload = run_json(capsys, "train", "--data", str(path), "--method", "head", *SMALL, "--lr", "0.01")
@@ -208,7 +208,7 @@ def test_texts_with_labels_train_a_classifier(capsys, tmp_path):
     assert 0 <= payload["eval_accuracy"] <= 1
     assert 0 <= payload["eval_macro_f1"] <= 1
     assert payload["predicted_peak_bytes"] == pytest.approx(payload["peak_bytes"], rel=0.03)
-    prediction = Ledger(default_home()).get_run(payload["run_id"]).prediction
+    prediction = Ledger(home).get_run(payload["run_id"]).prediction
     for key in ("trainable_parameters", "total_parameters"):
         assert prediction[key] == payload[key]
     assert prediction["adapter_bytes"] == pytest.approx(payload["adapter_bytes"], abs=100)
