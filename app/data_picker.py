@@ -1,6 +1,6 @@
 """Choosing a dataset and seeing what is in it; used by Fine-tune and Sweep."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from state import Settings
 from widgets import empty_state, text_block
 
 from lora_engine.config import DataConfig
-from lora_engine.data import EXAMPLES, FORMATS, MAX_UPLOAD_BYTES, TASK_COLUMNS
+from lora_engine.data import EXAMPLES, FORMATS, MAX_UPLOAD_BYTES, TASK_COLUMNS, classes_text
 from lora_engine.errors import InputError
 from lora_engine.runs import store_upload
 
@@ -169,11 +169,13 @@ def _show_report(title: str, report: Mapping[str, Any], preview: bool) -> None:
     dropped = report["dropped"]
     kept = report["rows"] - len({row["row"] for row in dropped})
     encoding = f", {report['encoding'].upper()}" if report["encoding"] else ""
+    classes = [(row["name"], row["rows"]) for row in report["classes"]]
+    trained = f", of which {format_integer(report['trained_tokens'])} are trained on"
     st.markdown(
         f"**{_plain(title)}** is {report['format'].upper()}{encoding}, read as {TASK_WORDS[report['task']]}: "
         f"{format_integer(kept)} of {plural(report['rows'], 'row')} kept, "
-        f"{plural(report['examples'], 'sequence')}, {plural(report['tokens'], 'token')}, of which "
-        f"{format_integer(report['trained_tokens'])} are trained on."
+        f"{plural(report['examples'], 'sequence')}, {plural(report['tokens'], 'token')}"
+        f"{'; ' + _plain(classes_text(classes)) if classes else trained}."
     )
     for warning in report["warnings"]:
         st.caption(f":material/info: {_plain(warning)}")
@@ -181,11 +183,17 @@ def _show_report(title: str, report: Mapping[str, Any], preview: bool) -> None:
         with st.expander(f"{plural(len(dropped), 'dropped row')}"):
             st.dataframe(dropped, hide_index=True, column_config={"row": "Row", "reason": "Why"})
     with st.container() if preview else st.expander("Rendered examples"):
-        st.caption("As the model reads it; the highlighted part is what it learns to write.")
+        learned = "the class that it learns to choose" if classes else "what it learns to write"
+        st.caption(f"As the model reads it; the highlighted part is {learned}.")
         tabs = st.tabs([f"Example {i}" for i in range(1, len(report["preview"]) + 1)])
         for tab, segments in zip(tabs, report["preview"], strict=True):
             with tab:
-                text_block(segments)
+                text_block(_apart(segments) if classes else segments)
+
+
+def _apart(segments: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A text and its class, with an empty line between."""
+    return [segments[0], {"text": "\n\n", "trained": False}, *segments[1:]]
 
 
 def _plain(text: str) -> str:

@@ -107,6 +107,7 @@ if chosen is not None and chosen.usable:
             cache.shape(settings.model),
             seeds=sorted(seeds),
             match=str(match),
+            num_classes=len(chosen.report["classes"]),
         )
     except InputError as error:
         st.error(str(error))

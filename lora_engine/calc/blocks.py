@@ -151,7 +151,7 @@ class _Layer:
         if self.trained.scales:
             # What the scales multiply: keys and values, or all that a fused map returns.
             saved += c * (2 * kv if len(self.into_attention) > 1 else q + 2 * kv)
-        more = self._prefix_saved() if self.after_qkv else 0
+        more = (self._prefix_saved() if self.trained.prefix else self._mask_saved()) if self.after_qkv else 0
         beside = n * (s * h + c * (q + 2 * kv + h))
         block = self._with_maps(self.into_attention, n * saved + more, n * passing, beside, flows=self.flows)
         gradients = block.gradients + 4 * self.trained.prefix * 2 * kv + (4 * 2 * kv if self.trained.scales else 0)
@@ -159,11 +159,21 @@ class _Layer:
             gradients += step.widths.weight * sum(norm.num_parameters for norm in heads)
         return Block(block.saved, block.passing, gradients)
 
+    def _mask_saved(self) -> int:
+        """What a mask of the padding adds, in bytes: itself in the type of the scores, anew in each layer, and keys
+        and values repeated to every head, which sdpa does without where there is no mask."""
+        shape, step = self.shape, self.step
+        if not step.padded or self.scores is not None:
+            return 0
+        c, q, kv = step.widths.compute, shape.query_width, shape.kv_width
+        copies = 0
+        if kv < q:
+            copies = 2 * (q - kv) - (q + kv if shape.fused_qkv and shape.rotary else 0)
+        return c * step.tokens * (step.seq_length + copies)
+
     def _prefix_saved(self) -> int:
         """Keys and values behind the prefix, repeated to every head, and the mask that the prefix needs, in bytes."""
         shape, step, length = self.shape, self.step, self.trained.prefix
-        if not length:
-            return 0
         c, batch = step.widths.compute, step.tokens // step.seq_length
         if self.scores is not None:
             per_score = shape.num_heads * step.seq_length * self.scores.saved
@@ -172,7 +182,7 @@ class _Layer:
         views = 0 if shape.fused_qkv and not shape.rotary else shape.kv_width
         repeated = c * 2 * (shape.query_width - views) * step.tokens
         fused = c * (shape.query_width + shape.kv_width) * step.tokens if shape.fused_qkv and shape.rotary else 0
-        mask = c * batch * step.seq_length * (step.seq_length + length) if shape.is_decoder else 0
+        mask = c * batch * step.seq_length * (step.seq_length + length) if shape.is_decoder or step.padded else 0
         return repeated - fused + c * 2 * shape.query_width * batch * length + mask
 
     def mlp(self) -> Block:

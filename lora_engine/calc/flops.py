@@ -212,9 +212,8 @@ def _own_flops(
         weights = shape.num_layers * encoder * 3 * shape.kv_width
         return _Own(forward_once=2 * method.prefix_length * weights, backward_once=4 * method.prefix_length * weights)
     if isinstance(method, HeadConfig):
-        return _Own(
-            backward=sum(2 * x.in_features * x.out_features for x in shape.linears if x.name == shape.output_head)
-        )
+        heads = {shape.output_head, *shape.task_head}
+        return _Own(backward=sum(2 * x.in_features * x.out_features for x in shape.linears if x.name in heads))
     return _Own()
 
 

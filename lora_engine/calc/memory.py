@@ -132,6 +132,7 @@ def estimate(
         settings.attention == "eager" or shape.softcap,
         UNPACKING.get(settings.precision, 0),
         settings.device,
+        shape.num_classes > 0,
     )
     highest = max(
         moments(
@@ -148,6 +149,8 @@ def estimate(
     weights = weight_bytes(shape, settings.precision)
     if plan.head and not shape.tied:
         weights -= widths.weight * plan.trained  # the head itself is trained
+    elif plan.task_head:  # counted with the adapter, in float32, or with all else that is trained
+        weights += (4 * plan.full - widths.weight) * plan.task_head
     terms = {
         "weights": weights,
         "adapter": plan.adapter_bytes,
@@ -223,7 +226,7 @@ def rank_table(
     rows = []
     for r in ranks:
         config = replace(method, r=r)
-        trained = trained_lora_parameters(selection, config)
+        trained = trained_lora_parameters(selection, config) + shape.task_head_parameters
         memory = estimate(shape, config, checked)
         rows.append(
             {

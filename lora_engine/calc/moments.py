@@ -68,6 +68,7 @@ def moments(
     rows = round(batch * (step.seq_length - 1) * labelled_share) if shape.output_head else 0
     # Token ids, positions and targets; rotary tables.
     always = 24 * tokens + (2 * widths.stream * step.seq_length * shape.head_dim if shape.rotary else 0)
+    mask = tokens * step.seq_length if step.padded else 0  # bytes of a boolean for each pair of tokens
     held = plan.gradient_bytes if accumulation > 1 else 0
     runs = layer_runs(shape, plan, step, checkpointing)
     if checkpointing and not (plan.full or shape.rotary):
@@ -91,10 +92,16 @@ def moments(
     weight = step.unpacked(max(x.in_features * x.out_features for x in shape.linears if x.per_layer))
     last = tokens * shape.hidden_size * (4 + 3 * widths.stream)
     inside = _forward_passing(shape, step) if checkpointing or not flows else 0
-    yield moment("forward", 0, kept, 0, max(last, inside) + weight)
+    if inside and shape.is_decoder and not (checkpointing or shape.rotary):
+        inside += tokens * widths.stream * shape.hidden_size  # the embedding's output, before positions are added
+    if shape.num_classes and not (shape.is_decoder or shape.rotary or checkpointing):
+        last = _last_sum(shape, plan, step)
+    yield moment("forward", 0, kept, 0, max(last, inside) + weight + mask)
+    always += mask if checkpointing else 0
     # Cross-entropy in float32 keeps log-softmax (4); backward holds the gradients at its output and at its input
     # beside it (4 + 4). The half-precision logits are gone by then, unless a tanh reads them again.
     c, vocab = widths.compute, shape.vocab_size
+    scores = c * shape.num_classes * (tokens if shape.is_decoder else batch)  # of a classifier
     every = c * vocab * tokens
     capped = every if shape.softcap else 0
     # A float32 head has a copy in half precision, kept for the gradient of the hidden state where one is asked for.
@@ -107,14 +114,17 @@ def moments(
         # Logits of every token were made and the labelled ones picked: their gradient goes back into the room of all.
         picked = c * vocab * rows + capped + 2 * every
         yield moment("loss", 0, kept + outside, picked, copy if flows else 0)
-    head_gradient = plan.width * _head_parameters(shape) if plan.full or plan.head else 0
+    if shape.num_classes:
+        yield moment("loss", 0, kept + outside, 12 * shape.num_classes * batch + scores, 0)
+    head_gradient = plan.width * _head_parameters(shape) if plan.full or plan.head else 4 * plan.task_head
     # A tied head's gradient waits for the embedding's, also where gradients of earlier micro-batches are held.
     waiting = head_gradient if plan.full and shape.tied else 0
     always += waiting if held else 0
     done = outer_gradients
     if head_gradient:
-        logits = c * vocab * rows + capped
-        passing = rows * widths.compute * shape.hidden_size + (held and head_gradient) - (held and waiting)
+        logits = scores or c * vocab * rows + capped
+        into = tokens if shape.num_classes and shape.is_decoder else rows
+        passing = into * widths.compute * shape.hidden_size + (held and head_gradient) - (held and waiting)
         if copied:  # a float32 gradient is made in half precision first; logits and the weight's copy are gone then
             yield moment("head", head_gradient, kept + outside, 0, copy + passing)
         else:
@@ -149,7 +159,8 @@ def _forward_passing(shape: ModelShape, step: Step) -> int:
     """What one layer holds on the way up when nothing is kept, in bytes."""
     c, s, h = step.widths.compute, step.widths.stream, shape.hidden_size
     inner = c * shape.intermediate_size * (3 if shape.gated else FORWARD_PASSES.get(shape.activation, 2))
-    mlp = h * (3 * s + c) + inner
+    # The layer's input, the residual and, until the model returns, the embedding's output; before a norm one more.
+    mlp = h * ((3 if shape.is_decoder else 2) * s + c) + inner
     scores = scores_of(shape, step)
     if scores is None:
         return step.tokens * mlp
@@ -160,6 +171,24 @@ def _forward_passing(shape: ModelShape, step: Step) -> int:
     # The scores, and the mask.
     made = shape.num_heads * step.seq_length * scores.forward + (s * step.seq_length if step.eager else 0)
     return step.tokens * max(mlp, made + h * held + products * shape.query_width)
+
+
+def _last_sum(shape: ModelShape, plan: Plan, step: Step) -> int:
+    """What BERT's last norm, the end of its forward pass, has beside what the layers keep, in bytes: its input and
+    output, the result of the last map, and whatever the layer's maps have read and not kept."""
+    c, s, h = step.widths.compute, step.widths.stream, shape.hidden_size
+    fed = {name for part in shape.others if part.per_layer for name in part.feeds}
+    trained = plan.layer(shape.num_layers - 1)
+    kept = {(x.group, x.name in fed) for x in shape.linears if x.per_layer and trained.trains(x)}
+    held = h * (2 * s + c)
+    if ("attention", True) not in kept:
+        held += 2 * s * h  # the layer's input, and the first one's, which the model holds until it returns
+    if ("mlp", True) not in kept:
+        held += s * h
+    if ("mlp", False) not in kept and not trained.scales:
+        # DistilBERT's MLP has let go of it by its norm; it is highest just before.
+        held += c * shape.intermediate_size - (s * h if shape.model_type == "distilbert" else 0)
+    return step.tokens * held
 
 
 def _backward(run: _Run, moment: Callable[..., Moment], done: int, below: int) -> Iterator[Moment]:
@@ -221,6 +250,10 @@ def _outside(shape: ModelShape, plan: Plan, step: Step, rows: int, flows: bool) 
         saved += step.tokens * norm_saved(shape, part, plan.full, flows, widths)
         passing = max(passing, step.tokens * norm_passing(shape, part, plan.full, widths))
         gradients += widths.weight * part.num_parameters if plan.full else 0
+    if shape.num_classes:
+        more, grown = _outside_classifier(shape, plan, step)
+        into_all = step.widths.stream * shape.hidden_size * step.tokens
+        return saved + more, max(passing, into_all) if flows else 0, gradients + grown
     for linear in shape.linears:
         if linear.per_layer or linear.group == "attention":
             continue
@@ -236,3 +269,27 @@ def _outside(shape: ModelShape, plan: Plan, step: Step, rows: int, flows: bool) 
     # On the way out of the head: its rows' gradient, and twice the room of every token to put it into.
     into_rows = step.widths.stream * shape.hidden_size * (rows + 2 * step.tokens)
     return saved, max(passing, into_rows) if flows else 0, gradients
+
+
+def _outside_classifier(shape: ModelShape, plan: Plan, step: Step) -> tuple[int, int]:
+    """(saved, gradients but for the task head's) of a classifier's maps behind the layers, in bytes."""
+    widths, saved, gradients = step.widths, 0, 0
+    behind = [x for x in shape.linears if not x.per_layer and not x.name.endswith(("project_in", "embed_proj"))]
+    for linear in behind:
+        at = step.tokens if shape.is_decoder else step.tokens // step.seq_length
+        new, rank = linear.name in shape.task_head, plan.outer.get(linear.name, 0)
+        if new or plan.full or rank:
+            saved += at * widths.compute * (linear.in_features + rank)
+        if plan.full and not new:
+            gradients += widths.weight * linear.num_parameters
+        gradients += plan.width * rank * (linear.in_features + linear.out_features)
+    # The first token's hidden state is a view: where a trained map reads it as it is, all tokens' are kept.
+    first = behind[0]
+    copied = widths.mixed or (shape.num_dropouts > 0 and shape.model_type in _DROPPED_FIRST)
+    if not shape.is_decoder and not copied and (first.name in shape.task_head or plan.full or first.name in plan.outer):
+        saved += step.tokens * widths.stream * shape.hidden_size
+    return saved, gradients
+
+
+# Dropout stands between the first token's hidden state and the classifier's first map.
+_DROPPED_FIRST = ("deberta-v2", "roberta", "xlm-roberta")

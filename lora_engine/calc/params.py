@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_engine.calc.structure import ExpertShape, LinearShape, ModelShape
+from lora_engine.calc.structure import ExpertShape, LinearShape, ModelShape, OtherShape
 from lora_engine.calc.targets import Selection, select_linears
 from lora_engine.config import BottleneckConfig, FullConfig, HeadConfig, LoraConfig, MethodConfig, PrefixConfig
 from lora_engine.errors import TargetError
@@ -15,6 +15,7 @@ _KEY_EXTRA = len("base_model.model.") + len(".lora_A.weight")
 _FILE_START = 8 + len('{"__metadata__":{"format":"pt"}}')  # of a safetensors file, before the tensors' entries
 TASK_HEADS = ("classifier", "score", "qa_outputs")  # first part of the names of a classifier's head
 _TENSOR_ENTRY = 110  # a tensor's entry in the header, roughly
+_HEAD_ENTRY = 75  # that of a task head's tensor, whose name is short
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ def count_parameters(shape: ModelShape, method: MethodConfig) -> ParameterCount:
     """What `method` trains in a model of `shape`, by module. Raises TargetError, ConfigError.
 
     LoRA: r * (in + out) per adapted module (Hu et al. 2021, section 4.1); DoRA: out more, one magnitude per
-    output (Liu et al. 2024, section 4). Full: everything. The others: see COUNTERS."""
+    output (Liu et al. 2024, section 4). Full: everything. The others: see COUNTERS. Of a classifier its
+    new head too."""
     modules, notes = COUNTERS[method.method](shape, method)
+    if method.method not in ("full", "head"):  # where it is counted already
+        modules += _task_head(shape)
     trainable = sum(module.trainable_parameters for module in modules)
     return ParameterCount(
         total_parameters=shape.total_parameters,
@@ -59,6 +63,18 @@ def count_parameters(shape: ModelShape, method: MethodConfig) -> ParameterCount:
         modules=tuple(modules),
         notes=shape.notes + tuple(notes),
     )
+
+
+def _task_head(shape: ModelShape) -> list[ModuleCount]:
+    """The new head of a classifier; nothing for other models."""
+    modules = []
+    for part in shape.task_head_parts:
+        if isinstance(part, LinearShape):
+            modules.append(_whole_map(part))
+        else:
+            text = f"1 x {part.num_parameters}"
+            modules.append(_module(part.name, 1, (part.width, part.width), part.num_parameters, [text]))
+    return modules
 
 
 def lora_parameters(in_features: int, out_features: int, config: LoraConfig) -> int:
@@ -80,14 +96,16 @@ def adapter_file_bytes(shape: ModelShape, method: MethodConfig) -> int:
     if isinstance(method, LoraConfig):
         return lora_file_bytes(shape, select_linears(shape, method), method)
     if isinstance(method, PrefixConfig):
-        return _FILE_START + 4 * _prefix_values(shape, method) + _TENSOR_ENTRY
+        return _FILE_START + 4 * _prefix_values(shape, method) + _TENSOR_ENTRY + _task_head_bytes(shape)
     counted = count_parameters(shape, method)
     if isinstance(method, FullConfig):
         tensors = sum(linear.count * (1 + linear.has_bias) for linear in shape.linears) + 2 * len(shape.others)
         tensors += sum(stack.count * (1 + stack.has_bias) for stack in shape.experts)
-    else:
-        tensors = sum(4 * module.count for module in counted.modules)
-    return _FILE_START + 4 * counted.trainable_parameters + _TENSOR_ENTRY * tensors
+        return _FILE_START + 4 * counted.trainable_parameters + _TENSOR_ENTRY * tensors
+    each = 4 if isinstance(method, BottleneckConfig) else 1  # two maps, each with its bias
+    tensors = sum(each * module.count for module in counted.modules if module.name not in shape.task_head)
+    own = counted.trainable_parameters - shape.task_head_parameters
+    return _FILE_START + 4 * own + _TENSOR_ENTRY * tensors + _task_head_bytes(shape)
 
 
 def lora_file_bytes(shape: ModelShape, selection: Selection, config: LoraConfig) -> int:
@@ -102,7 +120,13 @@ def lora_file_bytes(shape: ModelShape, selection: Selection, config: LoraConfig)
         shapes = 2 * len(str(rank)) + len(str(target.in_features)) + len(str(target.out_features))
         magnitude = entry + len("magnitude_vector") - len("A.weight") if config.use_dora else 0
         header += target.count * (2 * entry + shapes + magnitude)
-    return data + header
+    # A task head lies in a file of its own beside PEFT's.
+    return data + header + (_FILE_START + _task_head_bytes(shape) if shape.task_head else 0)
+
+
+def _task_head_bytes(shape: ModelShape) -> int:
+    tensors = sum(2 if isinstance(part, OtherShape) or part.has_bias else 1 for part in shape.task_head_parts)
+    return 4 * shape.task_head_parameters + _HEAD_ENTRY * tensors
 
 
 def _lora(shape: ModelShape, config: LoraConfig) -> Counted:
@@ -159,6 +183,8 @@ def _whole_map(part: LinearShape | ExpertShape) -> ModuleCount:
 
 def _head(shape: ModelShape, config: HeadConfig) -> Counted:  # noqa: ARG001
     """The output head, or the maps of a classifier's head."""
+    if shape.task_head:
+        return _task_head(shape), []
     outer = [linear for linear in shape.linears if not linear.per_layer]
     heads = [linear for linear in outer if linear.name == shape.output_head]
     heads = heads or [linear for linear in outer if linear.name.partition(".")[0] in TASK_HEADS]

@@ -16,7 +16,7 @@ class Plan:
     """`layers` says what is trained inside which layers, `elsewhere` what inside the others; `outer` names the maps
     outside the layers that are adapted, each with its rank; `trained` counts the trained parameters, `width` is bytes
     of each and of its gradient. `full`: they are the model's own weights. `head`: they are the output head, a copy of
-    its own where it was tied."""
+    its own where it was tied, or the task head. `task_head` of them are a classifier's new head, always in float32."""
 
     elsewhere: Trained
     layers: tuple[tuple[tuple[int, ...], Trained], ...]
@@ -25,6 +25,7 @@ class Plan:
     outer: dict[str, int]
     full: bool = False
     head: bool = False
+    task_head: int = 0
 
     def layer(self, i: int) -> Trained:
         """What is trained inside layer i."""
@@ -32,12 +33,12 @@ class Plan:
 
     @property
     def gradient_bytes(self) -> int:
-        return self.trained * self.width
+        return (self.trained - self.task_head) * self.width + 4 * self.task_head
 
     @property
     def adapter_bytes(self) -> int:
         """Beside the base model's weights."""
-        return 0 if self.full else self.trained * self.width
+        return 0 if self.full else self.gradient_bytes
 
 
 def edges(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -55,7 +56,9 @@ def _holds(layers: tuple[int, ...], i: int) -> bool:
 
 def make_plan(shape: ModelShape, method: MethodConfig, *, weight_width: int, adapter_width: int) -> Plan:
     """The plan of `method`. Raises TargetError."""
-    return PLANNERS[method.method](shape, method, weight_width, adapter_width)
+    return replace(
+        PLANNERS[method.method](shape, method, weight_width, adapter_width), task_head=shape.task_head_parameters
+    )
 
 
 def optimizer_bytes(shape: ModelShape, method: MethodConfig, plan: Plan, optimizer: str) -> int:
@@ -80,7 +83,7 @@ def _trained_tensors(shape: ModelShape, method: MethodConfig) -> list[tuple[int,
             tensors += [(target.count, r * target.in_features), (target.count, r * target.out_features)]
             if method.use_dora:
                 tensors.append((target.count, target.out_features))
-        return tensors
+        return tensors + [(1, part.num_parameters) for part in shape.task_head_parts]
     if not isinstance(method, FullConfig):
         # One tensor a module: its bias would be apart, and small.
         modules = count_parameters(shape, method).modules
@@ -116,7 +119,7 @@ def _lora(shape: ModelShape, method: LoraConfig, weight_width: int, adapter_widt
         for targets, found in selection.patterns
     )
     outer = {target.name: target.r(method) for target in selection.targets if target.name in selection.outer}
-    trained = trained_lora_parameters(selection, method)
+    trained = trained_lora_parameters(selection, method) + shape.task_head_parameters
     return Plan(nothing, layers, trained, adapter_width, outer)
 
 

@@ -31,6 +31,7 @@ class Step:
     eager: bool
     unpacking: int = 0  # bytes a value while packed weights are unpacked; 0: they are not packed
     device: str = "cuda"  # whose kernels run: "cuda" or "cpu"
+    padded: bool = False  # whether attention is given a mask of the padding, as a classifier's batches are
 
     def dropout_mask(self, width: int) -> int:
         """Bytes that dropout keeps of a value of `width` bytes: CUDA a flag, the CPU 0 or 1 / (1 - p) in its type."""

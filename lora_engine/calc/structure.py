@@ -159,6 +159,8 @@ class ModelShape:
     moe: MoeShape | None = None
     latent: LatentAttention | None = None
     notes: tuple[str, ...] = ()
+    num_classes: int = 0  # of a classifier (calc.classifier), whose new head every method trains
+    task_head: tuple[str, ...] = ()  # the names of that head's linears and norms
 
     @cached_property
     def _hash(self) -> int:
@@ -188,6 +190,16 @@ class ModelShape:
         """Whether the logits are the output head's map of the last hidden state and nothing more, so that a loss
         can pick its rows before the head."""
         return self.model_type in PLAIN_HEADS and not self.softcap
+
+    @cached_property
+    def task_head_parts(self) -> tuple[LinearShape | OtherShape, ...]:
+        """The linears and norms of `task_head`."""
+        parts: tuple[LinearShape | OtherShape, ...] = (*self.linears, *self.others)
+        return tuple(part for part in parts if not part.per_layer and part.name in self.task_head)
+
+    @cached_property
+    def task_head_parameters(self) -> int:
+        return sum(part.num_parameters for part in self.task_head_parts)
 
     @property
     def query_width(self) -> int:

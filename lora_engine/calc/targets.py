@@ -136,6 +136,9 @@ def _select(
                 f"target_parameters is {shown(target_parameters)}, which matches no parameter; allowed: {known}."
             )
         raise no_match(target_modules, shape.linear_names, exclude_modules, layers_to_transform)
+    if shape.task_head:  # trained as it is, whatever names it (methods.inject)
+        found = [(linear, hits) for linear, hits in found if linear.name not in shape.task_head]
+        parameters = [each for each in parameters if each[0].name not in shape.task_head]
     by_rank = _rank_splitter(shape, rank_pattern)
     adapted: list[tuple[Target, tuple[int, ...]]] = []
     for linear, hits in found:

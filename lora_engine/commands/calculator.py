@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_engine.calc import ModelShape, count_parameters, estimate_memory, fit_gpus, load_shape
 from lora_engine.commands.requests import Output, file_of, method_of, model_folder
-from lora_engine.data import check_dataset, load_tokenizer
+from lora_engine.data import check_dataset, classes_text, load_tokenizer
 from lora_engine.errors import UnknownArchitectureError
 from lora_engine.text import bytes_text, table_text
 
@@ -101,6 +101,7 @@ def data(arguments: argparse.Namespace) -> Output:
         f"{arguments.file}: {payload['format']}, {payload['rows']} rows, task {payload['task']}.",
         f"{payload['examples']} examples, {payload['tokens']:,} tokens, {len(payload['dropped'])} rows dropped.",
         *(f"  row {drop['row']}: {drop['reason']}" for drop in payload["dropped"][:10]),
+        *([f"{classes_text(report.classes)}."] if report.classes else []),
         *payload["warnings"],
     ]
     return payload, "\n".join(lines)

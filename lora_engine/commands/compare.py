@@ -35,7 +35,15 @@ def compare(arguments: argparse.Namespace) -> Output:
         eval_every=max(1, arguments.steps // EVALS_A_RUN),
     )
     base = RunConfig(model=absolute_model(arguments.model), data=dataset, method=LoraConfig(), train=train)
-    spec = plan_comparison(base, methods, load_shape(base.model), seeds=arguments.seeds, lrs=lrs, match=arguments.match)
+    spec = plan_comparison(
+        base,
+        methods,
+        load_shape(base.model),
+        seeds=arguments.seeds,
+        lrs=lrs,
+        match=arguments.match,
+        num_classes=rows.num_classes,
+    )
     comparison_id = start_comparison(ledger, spec, comparer(ledger), partial(predict_run, rows=rows))
     _follow(ledger, comparison_id, spec, quiet=arguments.json)
     payload = read_comparison(ledger, comparison_id)

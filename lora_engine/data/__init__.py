@@ -2,7 +2,7 @@
 
 from lora_engine.data.bundled import EXAMPLES, ExampleDataset
 from lora_engine.data.check import DataReport, check_dataset, check_examples
-from lora_engine.data.classes import class_names, encode_classes, encode_text
+from lora_engine.data.classes import class_names, classes_text, encode_classes, encode_text
 from lora_engine.data.decode import MAX_UPLOAD_BYTES
 from lora_engine.data.encode import IGNORED, encode_examples, encode_prompt
 from lora_engine.data.read import FORMATS, read_dataset
@@ -30,6 +30,7 @@ __all__ = [
     "check_dataset",
     "check_examples",
     "class_names",
+    "classes_text",
     "encode_classes",
     "encode_examples",
     "encode_prompt",

@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.data.classes import (
+    class_names,
+    class_warnings,
+    count_classes,
+    encode_labelled,
+    label_of,
+    special_tokens,
+    text_of,
+)
 from lora_engine.data.encode import IGNORED, EncodedRows, encode_rows, num_trained
 from lora_engine.data.read import explain_all_dropped, read_dataset
 from lora_engine.data.render import render_example
 from lora_engine.data.schema import Dataset, DroppedRow, Encoded, Example
 from lora_engine.data.split import split_examples
 from lora_engine.data.tokenizer import TextTokenizer
-from lora_engine.errors import DataError
+from lora_engine.errors import ConfigError, DataError
 
 NUM_PREVIEWS = 3
 FEW_EXAMPLES = 20
@@ -27,7 +36,10 @@ class DataReport:
     `rows` are the file's rows (blocks of a plain text), `examples` the sequences trained on,
     `tokens` all their tokens and `trained_tokens` those with a loss. `truncated` counts rows that
     lose their end, `duplicates` rows that repeat an earlier one. `preview` holds the first examples
-    as segments {"text", "trained"}."""
+    as segments {"text", "trained"}.
+
+    Of texts with labels a classifier is trained: it reads the texts' `tokens`, has one loss a row, and `classes` says
+    (name, number of rows), most frequent first. There are none for other tasks."""
 
     format: str
     encoding: str | None
@@ -45,6 +57,7 @@ class DataReport:
     dropped: tuple[DroppedRow, ...]
     warnings: tuple[str, ...]
     preview: tuple[Segments, ...]
+    classes: tuple[tuple[str, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -65,6 +78,7 @@ class DataReport:
             "dropped": [{"row": row.row, "reason": row.reason} for row in self.dropped],
             "warnings": list(self.warnings),
             "preview": [list(segments) for segments in self.preview],
+            "classes": [{"name": name, "rows": rows} for name, rows in self.classes],
         }
 
 
@@ -79,14 +93,20 @@ def check_dataset(
 ) -> DataReport:
     """Read, split and encode a file as training would, every row of it.
 
-    Raises DataError when it cannot be read, has fewer than two usable rows, or trains on nothing."""
+    Raises DataError when it cannot be read, has fewer than two usable rows, trains on nothing, or has fewer classes
+    than two or more than a classifier takes."""
     dataset = read_dataset(path, task=task, columns=columns, encoding=encoding)
     return check_examples(dataset, tokenizer, max_length=max_length)
 
 
 def check_examples(dataset: Dataset, tokenizer: TextTokenizer, *, max_length: int) -> DataReport:
     """`check_dataset` for a file that was read already."""
-    encoded = encode_rows(dataset.examples, tokenizer, max_length)
+    names = class_names(dataset) if len(dataset.examples) > 1 else ()  # a single row is refused below
+    encoded = (
+        _encode_texts(dataset, names, tokenizer, max_length)
+        if names
+        else encode_rows(dataset.examples, tokenizer, max_length)
+    )
     dropped = sorted([*dataset.dropped, *encoded.dropped], key=lambda row: row.row)
     if not encoded.sequences and dropped:
         raise DataError(explain_all_dropped(dropped))
@@ -104,6 +124,8 @@ def check_examples(dataset: Dataset, tokenizer: TextTokenizer, *, max_length: in
         split_examples(kept)  # raises for a single row or only equal ones
     duplicates = 0 if one_text else _count_duplicates(kept)
     truncated = sum(sequence.truncated for sequence in encoded.sequences)
+    classes = count_classes(encoded.sequences, names)
+    warnings = _warnings(dataset, encoded, kept, truncated, duplicates, max_length)
     return DataReport(
         format=dataset.format,
         encoding=dataset.encoding,
@@ -113,15 +135,26 @@ def check_examples(dataset: Dataset, tokenizer: TextTokenizer, *, max_length: in
         task=dataset.task,
         examples=len(encoded.sequences),
         tokens=sum(len(sequence.input_ids) for sequence in encoded.sequences),
-        trained_tokens=sum(num_trained(sequence) for sequence in encoded.sequences),
+        trained_tokens=len(encoded.sequences) if names else sum(map(num_trained, encoded.sequences)),
         longest_tokens=encoded.longest or max(len(sequence.input_ids) for sequence in encoded.sequences),
         max_length=max_length,
         truncated=truncated,
         duplicates=duplicates,
         dropped=tuple(dropped),
-        warnings=(*dataset.warnings, *_warnings(dataset, encoded, kept, truncated, duplicates, max_length)),
+        warnings=(*dataset.warnings, *warnings, *(class_warnings(classes) if names else ())),
         preview=tuple(_preview(dataset.examples, encoded.sequences, tokenizer)),
+        classes=classes,
     )
+
+
+def _encode_texts(dataset: Dataset, names: Sequence[str], tokenizer: TextTokenizer, max_length: int) -> EncodedRows:
+    """The texts as a classifier reads them. Raises ConfigError for a `max_length` below 3."""
+    if max_length < 3:
+        raise ConfigError("max_length", max_length, "a whole number of at least 3")
+    sequences, longest = encode_labelled(dataset.examples, names, tokenizer, max_length)
+    kept = {sequence.row for sequence in sequences}
+    dropped = [DroppedRow(x.row, "text has no token") for x in dataset.examples if x.row not in kept]
+    return EncodedRows(sequences, dropped, sum(x.truncated for x in sequences), longest, {}, [])
 
 
 def _check_both_sides(dataset: Dataset, kept: Sequence[Example], tokenizer: TextTokenizer, max_length: int) -> None:
@@ -179,11 +212,20 @@ def _preview(examples: Sequence[Example], sequences: Sequence[Encoded], tokenize
     shown: list[Segments] = []
     for sequence in sequences[:NUM_PREVIEWS]:
         example = by_row[sequence.row]
-        if sequence.truncated or all(part.role == "text" for part in example.parts):
+        if sequence.label is not None:
+            shown.append(_label_segments(example, sequence, tokenizer))
+        elif sequence.truncated or all(part.role == "text" for part in example.parts):
             shown.append(_segments_of_ids(sequence, tokenizer))
         else:
             shown.append([{"text": text, "trained": trained} for text, trained in render_example(example, tokenizer)])
     return shown
+
+
+def _label_segments(example: Example, sequence: Encoded, tokenizer: TextTokenizer) -> Segments:
+    """The text between the tokens that the tokenizer puts around it, and the class to choose."""
+    before, after = (tokenizer.decode(ids) for ids in special_tokens(tokenizer))
+    text = tokenizer.decode(sequence.input_ids) if sequence.truncated else before + text_of(example) + after
+    return [{"text": text, "trained": False}, {"text": label_of(example), "trained": True}]
 
 
 def _segments_of_ids(sequence: Encoded, tokenizer: TextTokenizer) -> Segments:

@@ -52,6 +52,14 @@ class TextTokenizer:
         """`encode` of many texts, on all cores."""
         return [list(e.ids) for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_literal_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_literal` of many texts, on all cores."""
+        batch = self.literal_backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [
+            list(e.ids) if self.special_ids.isdisjoint(e.ids) else self.encode_literal(text)
+            for e, text in zip(batch, texts, strict=True)
+        ]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of `ids`, special tokens spelled out unless `skip_special`."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))

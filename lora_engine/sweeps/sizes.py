@@ -5,10 +5,9 @@ from dataclasses import replace
 
 from lora_engine.calc import ModelShape, count_parameters, estimate_memory, estimate_step_flops
 from lora_engine.calc.devices import kernels_of
-from lora_engine.calc.predict import with_task_head
+from lora_engine.calc.predict import shape_to_train
 from lora_engine.config import (
     BottleneckConfig,
-    HeadConfig,
     LoraConfig,
     MethodConfig,
     PrefixConfig,
@@ -29,18 +28,19 @@ def plan_comparison(
     seeds: Sequence[int] = (0, 1, 2),
     lrs: Mapping[str, Sequence[float]] | None = None,
     match: str = "steps",
+    num_classes: int = 0,
 ) -> ComparisonSpec:
     """A comparison of `methods` with the loop of `base`, made equal in `match` to LoRA (else to the first method).
 
     "steps": as they are, equal steps. "parameters", "memory": the size of those that have one (SIZES) comes as near
     to the reference as it can, in trainable parameters or in predicted peak memory. "seconds": steps are scaled by
-    predicted operations a step. `lrs`: method -> its rates (default `default_rates`). Raises ConfigError, TargetError.
+    predicted operations a step. `lrs`: method -> its rates (default `default_rates`). `num_classes`: those of the data
+    (0: it is text to write). Raises ConfigError, TargetError.
     """
     if match not in MATCHES:
         raise ConfigError("match", match, f"one of {', '.join(MATCHES)}")
     reference = next((m for m in methods if isinstance(m, LoraConfig)), methods[0] if methods else base.method)
-    if any(isinstance(m, HeadConfig) for m in methods):
-        shape = with_task_head(shape)
+    shape = shape_to_train(shape, num_classes)
     fitted, notes = list(methods), []
     if match in ("parameters", "memory"):
         cost = _cost_of(match, base, shape)
@@ -125,8 +125,9 @@ def _step_flops(base: RunConfig, method: MethodConfig, shape: ModelShape) -> int
 
 
 def prefix_room(base: RunConfig, shape: ModelShape) -> int:
-    """How long a prefix may be: in a causal language model it takes places of the context."""
+    """How long a prefix may be: in a causal model it takes places of the context."""
     causal = any(word in shape.architecture for word in ("CausalLM", "LMHead"))
+    causal = causal or (shape.num_classes > 0 and shape.is_decoder)
     if not shape.max_positions or not causal:
         return shape.max_positions or base.train.max_length
     return max(0, shape.max_positions - base.train.max_length)

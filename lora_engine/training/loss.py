@@ -1,7 +1,9 @@
 """Cross-entropy on the labelled rows only, taken before the output head where the model allows; and how often a
 classifier is right."""
 
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,8 +48,15 @@ def evaluate(model: Any, batches: list[Batch], loss_sum: Callable[[Any, Batch], 
 
 def class_logits(model: Any, batch: Batch) -> Tensor:
     """(sequences, classes)."""
-    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    more = {"use_cache": False} if _takes_cache(model.__class__) else {}
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more).logits
     return logits
+
+
+@lru_cache(maxsize=16)
+def _takes_cache(kind: type) -> bool:
+    """Whether the model keeps keys and values for a next token unless told not to; encoders have none."""
+    return "use_cache" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

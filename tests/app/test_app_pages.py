@@ -85,6 +85,17 @@ def test_data_report_and_prediction(upload):
     assert "Predicted: about" in text
 
 
+def test_labels_are_reported_as_the_classes_of_a_classifier(home):
+    rows = "".join(f"the film {i} was {word},{word}\n" for i in range(20) for word in ("good", "bad"))
+    path = store_upload(home, "reviews.csv", f"text,label\n{rows}".encode())
+    text = texts(open_page("views/finetune.py", data=f"{path.parent.name}/{path.name}")).replace("\\", "")
+    assert "read as text and label: 40 of 40 rows kept" in text
+    assert "tokens; 2 classes: bad 20, good 20." in text
+    assert "are trained on" not in text
+    assert "the highlighted part is the class that it learns to choose" in text
+    assert "163,200 parameters" in text  # LoRA's 162,816 and the head's 2 x 192
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

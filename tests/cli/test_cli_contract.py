@@ -66,6 +66,16 @@ def test_data(capsys):
     assert keys <= payload.keys()
 
 
+def test_data_with_labels_says_its_classes(capsys, tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\n" + "".join(f"film {i} is {w},{w}\n" for i in range(12) for w in ("good", "bad")))
+    _, payload = run_json(capsys, "data", str(path))
+    assert payload["classes"] == [{"name": "bad", "rows": 12}, {"name": "good", "rows": 12}]
+    assert payload["trained_tokens"] == payload["examples"] == 24
+    assert main(["data", str(path)]) == 0
+    assert "\n2 classes: bad 12, good 12.\n" in capsys.readouterr().out + "\n"
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -197,7 +207,7 @@ def test_a_prefix_is_trained_and_generates(capsys, home):
     assert text["scale"] == 1.0
 
 
-def test_texts_with_labels_train_a_classifier(capsys, tmp_path):
+def test_texts_with_labels_train_a_classifier(capsys, tmp_path, home):
     path = tmp_path / "reviews.csv"
     path.write_text("text,label\n" + "".join(f"film {i} is {w},{w}\n" for i in range(12) for w in ("good", "bad")))
     _, payload = run_json(capsys, "train", "--data", str(path), "--method", "head", *SMALL, "--lr", "0.01")
@@ -205,6 +215,11 @@ def test_texts_with_labels_train_a_classifier(capsys, tmp_path):
     assert payload["eval_loss_after"] < payload["eval_loss_before"]
     assert 0 <= payload["eval_accuracy"] <= 1
     assert 0 <= payload["eval_macro_f1"] <= 1
+    assert payload["predicted_peak_bytes"] == pytest.approx(payload["peak_bytes"], rel=0.03)
+    prediction = Ledger(home).get_run(payload["run_id"]).prediction
+    for key in ("trainable_parameters", "total_parameters"):
+        assert prediction[key] == payload[key]
+    assert prediction["adapter_bytes"] == pytest.approx(payload["adapter_bytes"], abs=100)
     _, text = run_json(capsys, "generate", payload["run_id"], "--prompt", "film 3 is good", "--eval")
     assert text["text"] in ("good", "bad")
     assert text["eval_accuracy"] == payload["eval_accuracy"]

@@ -70,7 +70,7 @@ def test_a_megabyte_is_checked_in_two_seconds(tmp_path: Path, embedded: TextToke
         report = check_dataset(path, embedded, max_length=128)
         # Processor time of all threads stands in where other work on the machine slows the wall clock.
         best = min(best, time.perf_counter() - wall, time.process_time() - busy)
-    assert report.tokens > 200_000
+    assert report.tokens > 150_000
     assert best < 2.0
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora_engine import comparisons
 from lora_engine.calc import count_parameters, estimate_memory, estimate_step_flops, load_shape, shape_from_config
-from lora_engine.calc.predict import with_task_head
+from lora_engine.calc.predict import shape_to_train
 from lora_engine.config import (
     DEFAULT_LRS,
     METHOD_CONFIGS,
@@ -320,5 +320,5 @@ def test_an_encoder_without_a_head_is_compared_as_a_classifier():
     with torch.device("meta"):
         real = BertForSequenceClassification(config)
     wanted = sum(p.numel() for p in real.classifier.parameters())
-    assert count_parameters(with_task_head(encoder), HeadConfig()).trainable_parameters == wanted
-    assert with_task_head(SHAPE) is SHAPE
+    assert count_parameters(shape_to_train(encoder), HeadConfig()).trainable_parameters == wanted
+    assert shape_to_train(SHAPE) is SHAPE
