@@ -175,7 +175,7 @@ def test_fp32_is_separate_runs(tmp_path, kind):
 def test_fp64_is_separate_runs_to_the_last_digits(tmp_path, kind):
     base = model_of(kind).double()
     rows_of = class_rows if "classifier" in kind else text_rows
-    configs = run_configs()
+    configs = run_configs(steps=20 if "classifier" in kind else 50)
     packed, _ = train_together(copy.deepcopy(base), configs, rows_of(), rows_of(6, 9))
     for row, config in zip(packed, configs, strict=True):
         state, _, _ = train_alone(base, config, rows_of(), rows_of(6, 9), tmp_path, double=True)
@@ -186,9 +186,11 @@ def test_fp64_is_separate_runs_to_the_last_digits(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["bert-classifier", "llama-classifier", "gpt2-classifier"])
 def test_classifiers_train_a_head_each(tmp_path, kind):
-    grid = [(r, alpha, lr / 5, decay, seed) for r, alpha, lr, decay, seed in GRID]  # few labels: steep gradients
+    grid = [(r, alpha, lr / 5, decay, seed) for r, alpha, lr, decay, seed in GRID[::2]]  # few labels: steep gradients
     configs = run_configs(grid, steps=20)
-    packed = assert_same(model_of(kind), configs, class_rows(), class_rows(6, 9), tmp_path, loss_tolerance=3e-5)
+    # Two labels a step give gradients near AdamW's eps, where float32's noise counts: see float64 for exactness.
+    tolerances = {"loss_tolerance": 3e-5, "delta_tolerance": 5e-3 if "bert" in kind else 2e-4}
+    packed = assert_same(model_of(kind), configs, class_rows(), class_rows(6, 9), tmp_path, **tolerances)
     heads = [next(v for k, v in parameters(row).items() if "lora" not in k) for row in packed]
     assert not torch.equal(heads[0], heads[1])
 
@@ -208,7 +210,7 @@ def test_settings_are_those_of_separate_runs(tmp_path, changes):
     tolerances = {key: changes[key] for key in changes if key.endswith("tolerance")}
     changes = {key: value for key, value in changes.items() if key not in tolerances}
     lr = changes.pop("lr", None)
-    configs = run_configs(steps=15, **changes)
+    configs = run_configs(GRID[::2], steps=12, **changes)
     if lr:
         configs = [dataclasses.replace(c, train=dataclasses.replace(c.train, lr=lr)) for c in configs]
     assert_same(model_of("llama"), configs, text_rows(), text_rows(6, 9), tmp_path, **tolerances)
@@ -226,7 +228,7 @@ def test_methods_that_differ_by_module(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_quantised_bases(tmp_path, kind):
     base = quantize_model(model_of(kind), "nf4")
-    configs = run_configs(GRID[:4], steps=15)
+    configs = run_configs(GRID[:3], steps=12)
     assert_same(base, configs, text_rows(), text_rows(6, 9), tmp_path)
 
 
