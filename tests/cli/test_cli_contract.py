@@ -239,7 +239,7 @@ def test_sweep_with_early_exit_and_the_full_grid_afterwards(capsys, home):
     assert payload["early_exit"]["regret"] is None
     (dropped,) = [run for run in payload["runs"] if run["early_exit"]]
     assert (dropped["status"], dropped["eval_loss_after"]) == ("cancelled", None)
-    code, resumed = run_json(capsys, "runs", "resume", payload["sweep_id"])
+    code, _ = run_json(capsys, "runs", "resume", payload["sweep_id"])
     assert code == 0
     ledger, deadline = Ledger(home), time.monotonic() + 120
     while ledger.get_run(dropped["run_id"]).status != "done":
