@@ -137,7 +137,7 @@ def test_a_pause_before_the_full_grid_is_not_counted_as_time():
     change(frame, frame["r"] == 1, early_exit_step=10.0, finished_seconds=90_000.0)
     assert sweep_words.took_seconds(frame) is None
     assert sweep_words.time_sentence(None, frame, frame[:0]) == (
-        "**16 runs, 32 s of training steps in all**. 8 runs shared each pass over the base."
+        "**16 runs, 32 s of training steps in all**. At the end 8 runs shared each pass over the base."
     )
 
 

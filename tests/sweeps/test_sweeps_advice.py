@@ -142,21 +142,6 @@ def test_missing_cells_are_counted() -> None:
     )
 
 
-def test_runs_that_early_exit_stopped_are_not_called_missing() -> None:
-    frame = table(
-        *two_seeds(4, 3.94, HALF_GAP),
-        *two_seeds(16, 3.93, HALF_GAP),
-        *two_seeds(1, NAN, HALF_GAP),
-        early_exit_step=NAN,
-    )
-    frame.loc[frame["r"] == 1, ["status", "early_exit_step"]] = ["cancelled", 10.0]
-    assert advise(frame).reason == (
-        "Rank 4 is enough: 3.94 against 3.93 at rank 16, and seeds differ by 0.03. Early exit stopped 2 of 6 runs."
-    )
-    frame.loc[frame["r"] == 1, ["status", "eval_loss_after"]] = ["done", 4.2]  # trained to the end afterwards
-    assert "Early exit" not in advise(frame).reason
-
-
 def test_cells_with_different_numbers_of_seeds_pool_by_degrees_of_freedom() -> None:
     frame = table(
         (1, 8, 1e-3, 0, 4.0), (1, 8, 1e-3, 1, 4.1), (1, 8, 1e-3, 2, 4.2),  # variance 0.01, two degrees
