@@ -19,9 +19,11 @@ from lora_engine.errors import ConfigError
 from lora_engine.methods.packed import eject_pack
 from lora_engine.methods.places import task_head_names
 from lora_engine.training.base import PRECISION_PLANS
+from lora_engine.training.graphs import without_device_checks
 from lora_engine.training.loop import StepReport, heaviest_step, lr_at
 from lora_engine.training.loss import evaluate
 from lora_engine.training.memory_limits import is_out_of_memory
+from lora_engine.training.pack_graphs import StaticPackedSteps, static_pack_refusal
 from lora_engine.training.pack_loss import evaluate_pack
 from lora_engine.training.pack_step import PackedSteps, PackRow
 
@@ -127,7 +129,8 @@ class _Loop:
         try:
             held.append(_Running(self, rows))
             self.callbacks.on_pack(rows)
-            held[0].go()
+            with without_device_checks():
+                held[0].go()
             failed = False
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(rows) == 1:
@@ -153,13 +156,16 @@ class _Running:
         self.loop, self.rows, self.model, self.train = loop, rows, loop.model, rows[0].config.train
         self.steps = PackedSteps(loop.model, rows, loop.train_rows, loop.pad_id)
         self.memory = self.steps.memory()
+        self.step, self.measured = self.steps.step, heaviest_step(loop.train_rows, self.train)
+        if static_pack_refusal(self.steps) is None:
+            self.step = StaticPackedSteps(self.steps, loop.train_rows, loop.pad_id).step
+            self.measured = rows[0].state.step  # all take the same; those of a graph that is replayed are not seen
         self.eval_batches = self.steps.batches.evaluation(loop.eval_rows)
 
     def go(self) -> None:
         rows, calls, train = self.rows, self.loop.callbacks, self.train
         self._first_eval()
         self.model.train()
-        measured = heaviest_step(self.loop.train_rows, train)
         while True:
             for row in rows:
                 row.state.stopped = calls.should_stop(row)
@@ -168,8 +174,8 @@ class _Running:
             began = time.perf_counter()
             at = [row.state.step for row in rows]
             lrs = [lr_at(row.config.train, step) for row, step in zip(rows, at, strict=True)]
-            with self.memory.watch() if at[0] == measured else contextlib.nullcontext():
-                losses, norms, num_tokens = self.steps.step(at, lrs)
+            with self.memory.watch() if at[0] == self.measured else contextlib.nullcontext():
+                losses, norms, num_tokens = self.step(at, lrs)
             seconds = time.perf_counter() - began
             for i, row in enumerate(rows):
                 state = row.state

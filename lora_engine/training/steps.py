@@ -3,6 +3,7 @@ can be made of (`training.graphs`). Neither waits for the device: what a step me
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -94,7 +95,8 @@ class StaticSteps:
         self.capture = trained.device.type == "cuda"
         self.read_back = READ_BACK_STEPS
         self.num_labels, self.measured = static_sizes(rows, trained.config)
-        self.is_classifier = rows[0].label is not None
+        # Holds what is trained and not this object: a graph's memory goes with the last reference to it.
+        self._function = partial(_static_step, trained, rows[0].label is not None)
         self.steps: dict[int, StaticStep] = {}
         self._ordinary = OrdinarySteps(trained, rows, "")
         # On CUDA the fused kernel wants it in float32; elsewhere it is read as it is.
@@ -119,7 +121,7 @@ class StaticSteps:
         if length not in self.steps:
             inputs = [torch.empty_like(value, device=self.trained.device) for value in values[:-1]]
             first = next(iter(self.steps.values()), None)
-            self.steps[length] = StaticStep(self._step, [*inputs, self.lr], capture=self.capture, pool=first)
+            self.steps[length] = StaticStep(self._function, [*inputs, self.lr], capture=self.capture, pool=first)
         step = self.steps[length]
         (result,) = step(*(to_device(value, self.trained.device) for value in values))
         if self.capture and step.reason:
@@ -129,27 +131,30 @@ class StaticSteps:
             self.steps.clear()
         return result
 
-    def _step(
-        self, input_ids: Tensor, attention: Tensor, targets: Tensor, num_labels: Tensor, _lr: Tensor
-    ) -> tuple[Tensor]:
-        """`attention`: a classifier's attention mask, else the labels' positions."""
-        it = self.trained
-        it.optimizer.zero_grad(set_to_none=True)
-        if self.is_classifier:
-            batch = Batch(input_ids, None, targets, 0, attention)
-        else:
-            batch = Batch(input_ids, attention, targets, 0)
-        with it.autocast:
-            loss = it.loss_sum(it.model, batch) / num_labels
-        loss.backward()
-        norm = it.clip()
-        it.optimizer.step()
-        it.optimizer.zero_grad(set_to_none=True)
-        return (torch.stack([loss.detach(), norm]),)
+
+def _static_step(
+    it: Trained,
+    is_classifier: bool,
+    input_ids: Tensor,
+    attention: Tensor,
+    targets: Tensor,
+    num_labels: Tensor,
+    _lr: Tensor,
+) -> tuple[Tensor]:
+    """(2,): the loss and the gradient norm. `attention`: a classifier's attention mask, else the labels' positions."""
+    positions, mask = (None, attention) if is_classifier else (attention, None)
+    it.optimizer.zero_grad(set_to_none=True)
+    with it.autocast:
+        loss = it.loss_sum(it.model, Batch(input_ids, positions, targets, 0, mask)) / num_labels
+    loss.backward()
+    norm = it.clip()
+    it.optimizer.step()
+    it.optimizer.zero_grad(set_to_none=True)
+    return (torch.stack([loss.detach(), norm]),)
 
 
 def static_values(batch: Batch, length: int, num_labels: int, pad_id: int, lr: Tensor) -> tuple[Tensor, ...]:
-    """What `StaticSteps._step` takes, on the host: `batch` with `length` tokens a row and `num_labels` labels."""
+    """What `_static_step` takes, on the host: `batch` with `length` tokens a row and `num_labels` labels."""
     own = batch.input_ids.shape[1]
     input_ids = nn.functional.pad(batch.input_ids, (0, length - own), value=pad_id)
     count = torch.tensor(float(max(1, batch.num_labels)))

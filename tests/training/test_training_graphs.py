@@ -9,20 +9,18 @@ import numpy as np
 import pytest
 import torch
 from methods.tiny import bert_classifier, gpt2, llama, llama_classifier
-from torch.utils._python_dispatch import TorchDispatchMode
+from nothing_asked import NothingAsked
 from transformers import masking_utils
 from transformers.utils import import_utils
 
 from lora_engine.config import FullConfig, LoraConfig, TrainConfig
 from lora_engine.data import IGNORED, Encoded
 from lora_engine.methods import inject
-from lora_engine.methods.packed import inject_pack
 from lora_engine.training import graphs, steps
 from lora_engine.training.batches import Batch, make_batch
 from lora_engine.training.graphs import StaticStep, without_device_checks
 from lora_engine.training.loop import Callbacks, build_optimizer, train
-from lora_engine.training.loss import labelled_logits, labelled_loss_sum
-from lora_engine.training.pack_step import clip_rows
+from lora_engine.training.loss import labelled_loss_sum
 from lora_engine.training.steps import StaticSteps, Trained, static_refusal, static_sizes
 
 CPU = torch.device("cpu")
@@ -166,18 +164,6 @@ def test_who_gets_fixed_buffers():
         assert reason in static_refusal(settings(**changes), cuda)
 
 
-class NothingAsked(TorchDispatchMode):
-    """Raises where the host would have to wait for the device."""
-
-    ASKING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.ASKING, f"the step calls {name}"
-        assert name != "copy_" or args[0].device == args[1].device
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", [LoraConfig(r=3), FullConfig()])
 def test_a_static_step_asks_nothing_of_the_device(monkeypatch, name, method):
@@ -295,54 +281,6 @@ def test_a_capture_that_fails_loses_no_step(fake_cuda):
     assert done == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert step.reason == "capturing failed: operation not permitted when stream is capturing"
     assert fake_cuda == {"captures": 1, "restored": 1, "pools": [None]}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32])
-def test_a_step_over_a_pack_has_the_same_form(dtype):
-    """N configs in one static step: losses (N,), norms (N,), learning rates from an input buffer."""
-    configs = [LoraConfig(r=2), LoraConfig(r=3, lora_alpha=7)]
-    some = rows(8)[:4]
-    batch = make_batch(some, 0)
-    owners = batch.positions // batch.input_ids.numel().__floordiv__(2)
-    weights = 1 / torch.bincount(owners, minlength=2).to(dtype)[owners]
-    lrs = torch.tensor([1e-2, 3e-3], dtype=torch.float64)
-
-    def packed(extra):
-        """The step with `extra` padded labels, three times."""
-        model = llama().to(dtype)
-        pack = inject_pack(model, configs, seeds=[0, 1])
-        model.train()
-        lr = torch.zeros(2, dtype=torch.float64)
-        optimizer = torch.optim.AdamW(
-            [{"params": [p], "lr": lr[i]} for i, p in enumerate(pack.rows)], fused=True, capturable=True
-        )
-        limits = torch.tensor([0.5, 0.1])
-
-        def step(input_ids, positions, targets, owners, weights, _lr):
-            pack.zero_grad()
-            logits = labelled_logits(model, Batch(input_ids, positions, targets, 0))
-            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights
-            losses.sum().backward()
-            norms = clip_rows(pack.gradients, limits)
-            optimizer.step()
-            return torch.zeros(2).index_add_(0, owners, losses.detach()), norms
-
-        pad = torch.nn.functional.pad
-        values = (
-            batch.input_ids, pad(batch.positions, (0, extra)), pad(batch.targets, (0, extra), value=IGNORED),
-            pad(owners, (0, extra)), pad(weights, (0, extra)), lrs,
-        )  # fmt: skip
-        static_step = StaticStep(step, [*(torch.empty_like(value) for value in values[:-1]), lr], capture=False)
-        with without_device_checks():
-            results = [torch.stack(static_step(*values)) for _ in range(3)]
-            with NothingAsked():
-                static_step.function(*static_step.inputs)
-        return torch.stack(results), pack.parameters.detach().clone()
-
-    plain, padded = packed(0), packed(11)
-    torch.testing.assert_close(padded[0], plain[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(padded[1], plain[1], rtol=1e-5, atol=1e-6)
-    assert (plain[0][0, 0] > plain[0][2, 0]).all()
 
 
 def test_loss_of_a_padded_batch_is_the_loss_of_the_batch():

@@ -1,0 +1,15 @@
+"""What a step may not do that a CUDA graph is made of."""
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NothingAsked(TorchDispatchMode):
+    """Raises where the host would have to wait for the device."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.ASKING, f"the step calls {name}"
+        assert name != "copy_" or args[0].device == args[1].device
+        return func(*args, **(kwargs or {}))
