@@ -203,14 +203,25 @@ def _numbers(losses: Sequence[float], noise: float) -> list[str]:
 
 
 def _missing_sentence(frame: pd.DataFrame) -> str:
-    """How many cells the grid spanned by the done runs lacks."""
+    """How many cells the grid spanned by the done runs lacks, and how many of all early exit dropped."""
     rows = _done_runs(frame)
     axes = [*AXES, *(["seed"] if "seed" in rows.columns else [])]
     planned = math.prod(rows[axis].nunique() for axis in axes)
-    missing = planned - len(rows.drop_duplicates(subset=axes))
-    if missing == 0:
-        return ""
-    return f"{missing} of {planned} runs of the grid {'is' if missing == 1 else 'are'} missing."
+    dropped = _dropped_runs(frame)
+    spanned = dropped.iloc[[all(row[a] in set(rows[a]) for a in axes) for row in dropped.to_dict("records")]]
+    missing = planned - len(rows.drop_duplicates(subset=axes)) - len(spanned)
+    sentences = []
+    if missing > 0:
+        sentences.append(f"{missing} of {planned} runs of the grid {'is' if missing == 1 else 'are'} missing.")
+    if len(dropped):
+        sentences.append(f"Early exit dropped {len(dropped)} runs that were behind.")
+    return " ".join(sentences)
+
+
+def _dropped_runs(frame: pd.DataFrame) -> pd.DataFrame:
+    if "early_exit_step" not in frame.columns or "status" not in frame.columns:
+        return frame.iloc[:0]
+    return frame[frame["early_exit_step"].notna() & (frame["status"] == "cancelled")]
 
 
 def _diverged_sentence(frame: pd.DataFrame) -> str:

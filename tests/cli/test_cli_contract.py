@@ -4,18 +4,22 @@ import json
 import socket
 import subprocess
 import sys
+import time
 
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lora_engine import cli
 from lora_engine.assets_path import asset_path
 from lora_engine.cli import main
 from lora_engine.commands import COMMANDS, find_command
 from lora_engine.config import TrainConfig
 from lora_engine.export import load_adapter
-from lora_engine.runs import Ledger
+from lora_engine.runs import Ledger, runs_frame
+from lora_engine.sweeps import early_exit_bill
+from lora_engine.sweeps.packing import PACKED
 from lora_engine.training.base import load_base, resolve_model
 
 SUPPORT = str(asset_path("datasets/customer_support.jsonl"))
@@ -121,6 +125,10 @@ def test_the_dashboard_says_that_its_port_is_taken(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_the_ways_to_pack_are_those_of_the_engine():
+    assert cli.PACKED == PACKED
+
+
 def test_every_command_has_its_function():
     assert all(callable(find_command(name)) for name in COMMANDS)
 
@@ -210,6 +218,10 @@ def test_sweep(capsys):
     assert {(run["r"], run["seed"]) for run in payload["runs"]} == {(1, 0), (1, 1), (4, 0), (4, 1)}
     assert payload["recommended"]["r"] in (1, 4)
     assert payload["recommended"]["reason"]
+    assert (payload["packed"], payload["early_exit"]) == ("auto", None)
+    assert payload["estimated_seconds"]["sequential"] > 0
+    assert payload["estimated_seconds"]["packed"] is None  # nothing was packed before
+    assert all(run["pack"]["reason"] for run in payload["runs"])
     sweep_id = payload["sweep_id"]
     assert run_json(capsys, "runs", "show", sweep_id)[1]["status"] == "done"
     code, again = run_json(capsys, "runs", "resume", sweep_id)
@@ -218,9 +230,28 @@ def test_sweep(capsys):
     assert run_json(capsys, "runs")[1] == {"runs": []}
 
 
+def test_sweep_with_early_exit_and_the_full_grid_afterwards(capsys, home):
+    grid = ["--r", "1,4", "--alpha", "6", "--seeds", "0", "--targets", "attention"]
+    ways = ["--packed", "always", "--early-exit", "--steps", "6", "--batch", "2", "--seq", "32", "--device", "cpu"]
+    code, payload = run_json(capsys, "sweep", "--data", SUPPORT, *grid, *ways)
+    assert (code, payload["status"]) == (0, "done")
+    assert payload["early_exit"]["num_dropped"] == 1
+    assert payload["early_exit"]["regret"] is None
+    (dropped,) = [run for run in payload["runs"] if run["early_exit"]]
+    assert (dropped["status"], dropped["eval_loss_after"]) == ("cancelled", None)
+    code, _ = run_json(capsys, "runs", "resume", payload["sweep_id"])
+    assert code == 0
+    ledger, deadline = Ledger(home), time.monotonic() + 120
+    while ledger.get_run(dropped["run_id"]).status != "done":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert early_exit_bill(runs_frame(ledger, payload["sweep_id"])).regret >= 0
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["sweep", "--data", SUPPORT, "--packed", "perhaps"], "invalid choice: 'perhaps'"),
         (["data", "~nosuchuser/rows.csv"], "~nosuchuser/rows.csv"),
         (["train", "--data", SUPPORT, "--seq", "4"], "seq is 4; allowed: a whole number from 8"),
         (["train", "--data", SUPPORT, "--method", "prefix", "--prefix-length", "-1"], "prefix-length is -1; allowed"),

@@ -76,7 +76,10 @@ def test_the_bill_before_the_full_grid_was_trained() -> None:
     assert (bill.steps_saved, bill.steps_planned) == (28 + 20, 160)
     assert bill.seconds_saved == pytest.approx(0.5 * 48)
     assert (bill.best_was_dropped, bill.regret, bill.best) == (None, None, None)
-    assert advise(frame).r == 2  # dropped runs have no say
+    advice = advise(frame)
+    assert advice.r == 2  # dropped runs have no say, and are not called missing
+    assert advice.reason.endswith("Early exit dropped 2 runs that were behind.")
+    assert "missing" not in advice.reason
 
 
 @pytest.mark.parametrize(("dropped_loss", "was_dropped", "regret"), [(1.2, True, 0.3), (1.7, False, 0.0)])

@@ -118,3 +118,20 @@ def test_unknown_sweeps_are_named(ledger: Ledger) -> None:
     for call in (lambda: resume_sweep(ledger, "s1", Notebook(ledger)), lambda: cancel_sweep(ledger, "s1")):
         with pytest.raises(NotFoundError, match="sweep is 's1'; allowed: the id of a sweep"):
             call()
+
+
+def test_runs_that_early_exit_dropped_are_over_until_they_are_asked_for(ledger: Ledger) -> None:
+    sweep_id = start_sweep(ledger, SPEC, Notebook(ledger))
+    a, b, c, *rest = ledger.get_sweep(sweep_id).run_ids
+    finish(ledger, a)
+    for run_id in (b, c):
+        assert ledger.claim_run(run_id, *this_process())
+    ledger.finish_run(b, "cancelled", result={"early_exit": {"step": 1}})
+    ledger.finish_run(c, "cancelled")
+    for run_id in rest:
+        finish(ledger, run_id)
+    executor = Notebook(ledger, this_process())
+    assert resume_sweep(ledger, sweep_id, executor, cancelled=True, dropped=False) == [c]
+    finish(ledger, c)
+    assert ledger.get_sweep(sweep_id).status == "done"
+    assert resume_sweep(ledger, sweep_id, executor, cancelled=True) == [b]

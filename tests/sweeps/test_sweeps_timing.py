@@ -7,7 +7,14 @@ import pytest
 
 from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.errors import ModelConfigError
-from lora_engine.sweeps import SweepSpec, estimate_run_seconds, estimate_sweep_seconds, find_throughput
+from lora_engine.sweeps import (
+    SweepSpec,
+    estimate_packed_sweep_seconds,
+    estimate_run_seconds,
+    estimate_sweep_seconds,
+    find_throughput,
+    trained_share,
+)
 from lora_engine.sweeps.timing import DEFAULT_FLOPS_PER_SECOND, DEFAULT_OVERHEAD_SECONDS
 
 
@@ -110,3 +117,44 @@ def test_a_sweep_is_the_sum_of_its_runs() -> None:
     spec = SweepSpec(base=config(), rs=(1, 4), lora_alphas=(8, 16), lrs=(1e-3,), seeds=(0, 1, 2))
     expected = 6 * (estimate_run_seconds(config(r=1), runs) + estimate_run_seconds(config(r=4), runs))
     assert estimate_sweep_seconds(spec, runs) == pytest.approx(expected)
+
+
+def packed(size: float = 4, **changes: Any) -> dict[str, Any]:
+    """A done run of `config()` in a pack: 10 steps of 400 FLOPs, its share 0.5 s, 2 s for the pack."""
+    row = past(seconds=0.5, wall_seconds=6.0, sweep_id="s1", pack_size=size, pack_seconds=2.0, alone_step_seconds=0.2)
+    return row | changes
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_a_packed_sweep_is_scaled_from_the_latest_packed_one() -> None:
+    spec = SweepSpec(base=config(), rs=(4, 8), lora_alphas=(8,), lrs=(1e-3,), seeds=(0, 1))
+    runs = frame(packed(sweep_id="s0", seconds=99.0), *[packed() for _ in range(4)])
+    estimate = estimate_packed_sweep_seconds(spec, runs)
+    assert estimate is not None
+    # 4 s beside the steps of the four, one each; rank 8 has twice the FLOPs.
+    assert estimate.seconds == pytest.approx(4 * 1 + 2 * (0.5 + 1.0))
+    assert estimate.basis == "from 4 runs of this model on this data in the latest packed sweep"
+
+    base = config(eval_every=1)
+    halved = SweepSpec(base=base, rs=(4, 8), lora_alphas=(8,), lrs=(1e-3,), seeds=(0, 1), early_exit=True)
+    shorter = estimate_packed_sweep_seconds(halved, runs)
+    assert shorter is not None
+    assert shorter.seconds == pytest.approx(4 * 1 + 3.0 * trained_share(base.train, 2))
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_what_a_packed_sweep_takes_may_be_unknown() -> None:
+    spec = SweepSpec(base=config(), rs=(4, 8))
+    assert estimate_packed_sweep_seconds(spec) is None
+    assert estimate_packed_sweep_seconds(spec, frame(past())) is None
+    assert estimate_packed_sweep_seconds(spec, frame(packed(model="other"))) is None
+    assert estimate_packed_sweep_seconds(SweepSpec(base=config(), packed="never"), frame(packed())) is None
+    assert estimate_packed_sweep_seconds(SweepSpec(base=config(optimizer="sgd")), frame(packed())) is None
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_a_share_of_a_pack_is_never_taken_for_a_run_alone() -> None:
+    # Alone a step took 0.2 s as probed, so ten take 2 s: what `past()` says.
+    assert find_throughput(config(), frame(packed())).flops_per_second == pytest.approx(2000)
+    assert find_throughput(config(), frame(packed(alone_step_seconds=float("nan")))).num_runs == 0
+    assert find_throughput(config(), frame(packed(), past(pack_size=1.0))).num_runs == 2

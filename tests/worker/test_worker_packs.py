@@ -27,6 +27,11 @@ def sweep(home, base=CONFIG, **changes):
     return ledger, sweep_id, ledger.list_runs(sweep_id=sweep_id)[::-1]
 
 
+def assert_close(a, b):
+    # As a whole: AdamW moves a value whose gradient is all rounding as far as any other.
+    assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
+
+
 def assert_same_results(ledger, packed, alone):
     for one, other in zip(packed, alone, strict=True):
         assert (one.status, other.status, one.error) == ("done", "done", None)
@@ -42,7 +47,7 @@ def assert_same_results(ledger, packed, alone):
         ours, theirs = (load_file(f / "adapter_model.safetensors") for f in files)
         assert ours.keys() == theirs.keys()
         for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], atol=2e-3)
+            assert_close(ours[name], theirs[name])
         steps = [steps_frame(ledger, [run.id]) for run in (one, other)]
         assert list(steps[0]["step"]) == list(range(1, STEPS + 1))
         np.testing.assert_allclose(steps[0]["train_loss"], steps[1]["train_loss"], atol=1e-4)
@@ -80,7 +85,7 @@ def test_classifiers_have_the_head_of_their_seed(home, tmp_path):
         assert one.result["eval_accuracy"] == other.result["eval_accuracy"]
         heads = [load_file(ledger.run_folder(r.id) / "adapter" / "trained.safetensors") for r in (one, other)]
         for name in heads[0]:
-            np.testing.assert_allclose(heads[0][name], heads[1][name], atol=2e-3)
+            assert_close(heads[0][name], heads[1][name])
 
 
 def test_what_cannot_be_packed_goes_one_after_another_and_says_why(home):
