@@ -5,7 +5,8 @@ from typing import Any
 
 from benchmarks.workload import PAD_ID, Workload, model_shape
 
-from lora_engine import calc
+from lora_engine.calc.memory import Settings
+from lora_engine.calc.pack import estimate_pack
 from lora_engine.config import LoraConfig
 from lora_engine.training.pack import train_pack
 from lora_engine.training.pack_step import PackRow
@@ -53,14 +54,12 @@ def cell(work: Workload, ranks: tuple[int, ...]) -> dict[str, Any]:
 
 
 def predict(work: Workload, methods: list[LoraConfig]) -> int:
-    """Activations of all sequences, and 16 bytes for each parameter padded to the largest rank of the pack."""
-    shape, padded = model_shape(work.model), LoraConfig(r=max(method.r for method in methods))
-    one = calc.estimate_memory(
-        shape,
-        padded,
+    """The calculator's figure, before anything is trained."""
+    settings = Settings(
         precision=work.precision,
-        batch_size=len(methods) * work.batch_size,
+        batch_size=work.batch_size,
         seq_length=work.length,
         labelled_share=(work.length - 1) / work.length,  # the first token of a row is nobody's next
     )
-    return one.peak_bytes + 16 * (len(methods) - 1) * calc.count_parameters(shape, padded).trainable_parameters
+    padded = LoraConfig(r=max(method.r for method in methods))
+    return estimate_pack(model_shape(work.model), padded, len(methods), settings).peak_bytes

@@ -6,7 +6,8 @@ NAME: browser command memory memory_measured single grid pack_memory early_exit 
 --repeats N   rounds or steps of single, grid, pack_memory and grid_gpu; default: as many as the figures in results/
 --smoke       the same code on a tiny model, to see that it runs; prints and keeps nothing
 python tests/benchmarks/run.py predict   writes the predictions that memory_measured is held against
-python tests/benchmarks/run.py table     prints the README's tables from results/"""
+python tests/benchmarks/run.py table     prints the README's tables from results/
+python tests/benchmarks/run.py readme    puts them into the README"""
 
 import argparse
 import functools
@@ -51,6 +52,9 @@ def main(argv: list[str]) -> int:
         return 0
     if names == ["table"]:
         print(table.markdown())
+        return 0
+    if names == ["readme"]:
+        table.write_into(Path(__file__).resolve().parents[2] / "README.md")
         return 0
     more = {
         name: functools.partial(f, repeats=arguments.repeats, smoke=arguments.smoke) for name, f in TRAINING.items()

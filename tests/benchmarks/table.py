@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import grid
 from benchmarks.machine import RESULTS
+
+BEGIN, END = "<!-- run.py readme writes from here -->", "<!-- to here -->"
 
 
 def markdown() -> str:
@@ -15,10 +18,17 @@ def markdown() -> str:
         path = RESULTS / f"{name}.json"
         if path.exists():
             result = json.loads(path.read_text())
-            sections.append(f"{section(result['figures'])}\n\n{taken_on(result['machine'])}")
+            sections.append(f"#### {TITLES[name]}\n\n{section(result['figures'])}\n\n{taken_on(result['machine'])}")
         else:
-            sections.append(f"`{name}` has not been run.")
+            sections.append(f"#### {TITLES[name]}\n\n`{name}` has not been run.")
     return "\n\n".join(sections)
+
+
+def write_into(path: Path) -> None:
+    """Put the tables between the two marks of a Markdown file."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    path.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{after}", encoding="utf-8")
 
 
 def taken_on(machine: dict[str, Any]) -> str:
@@ -153,4 +163,11 @@ SECTIONS = {
     "early_exit": early_exit_section,
     "pack_memory": pack_memory_section,
     "grid_gpu": gpu_section,
+}
+TITLES = {
+    "grid": "A grid of 16 configurations",
+    "single": "One run",
+    "early_exit": "A grid of 108 runs, and early exit",
+    "pack_memory": "Memory of a pack",
+    "grid_gpu": "On a GPU",
 }
