@@ -24,6 +24,8 @@ BIG = {"model": "meta-llama/Llama-3.1-70B", "precision": "bf16", "batch": "8", "
 
 def drop_config(app, content):
     content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    app.session_state["own_config"] = True  # the fold, open
+    app.run()
     app.file_uploader(key="config_upload").upload("config.json", content, "application/json").run()
     assert not app.exception
     return app
