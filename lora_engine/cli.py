@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from lora_engine import __version__
 from lora_engine.commands import find_command
-from lora_engine.config import DEFAULT_LRS, DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS
+from lora_engine.config import BATCH, DEFAULT_LRS, DEVICES, METHOD_CONFIGS, OPTIMIZERS, PRECISIONS, STEPS
 from lora_engine.errors import ConfigError, InputError, LoraExplorerError
 
 # As lora_engine.sweeps.packing has them: importing that takes pandas, which most commands do without.
@@ -106,8 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     loop = _Parser(add_help=False)
     loop.add_argument("--data", required=True, help="a .txt .md .csv .tsv .json .jsonl or .parquet file")
-    loop.add_argument("--steps", type=int, default=60)
-    loop.add_argument("--batch", type=int, default=8, help="sequences a step")
+    for name, what, (text, labels) in (("--steps", "", STEPS), ("--batch", "sequences a step; ", BATCH)):
+        loop.add_argument(name, type=int, help=f"{what}default: {text}, {labels} where the data has labels")
     loop.add_argument("--seq", type=int, default=128, help="tokens a sequence, at most")
     loop.add_argument("--precision", default="fp32", choices=PRECISIONS)
     loop.add_argument("--device", default="auto", choices=DEVICES)

@@ -13,7 +13,7 @@ from lora_engine.calc import load_shape
 from lora_engine.calc.predict import predict_run
 from lora_engine.commands.requests import Output, data_of, loop_of, method_of
 from lora_engine.comparisons import comparer, is_active, read_cells, read_comparison, start_comparison
-from lora_engine.config import DEFAULT_LRS, METHOD_CONFIGS, LoraConfig, MethodConfig, RunConfig
+from lora_engine.config import METHOD_CONFIGS, LoraConfig, MethodConfig, RunConfig, default_lr
 from lora_engine.errors import ConfigError, RunFailedError
 from lora_engine.runs import Ledger, default_home
 from lora_engine.sweeps import cancel_sweep
@@ -29,11 +29,8 @@ def compare(arguments: argparse.Namespace) -> Output:
     methods = parse_methods(arguments)
     lrs = parse_rates(arguments.lrs, [method.method for method in methods])
     dataset, rows = data_of(ledger, arguments)
-    train = replace(
-        loop_of(arguments, lr=DEFAULT_LRS["lora"], seed=0),
-        eval_examples=arguments.eval_rows,
-        eval_every=max(1, arguments.steps // EVALS_A_RUN),
-    )
+    train = loop_of(arguments, rows, lr=default_lr("lora", rows.num_classes), seed=0)
+    train = replace(train, eval_examples=arguments.eval_rows, eval_every=max(1, train.steps // EVALS_A_RUN))
     base = RunConfig(model=absolute_model(arguments.model), data=dataset, method=LoraConfig(), train=train)
     spec = plan_comparison(
         base,

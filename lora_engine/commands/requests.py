@@ -10,6 +10,8 @@ from lora_engine.assets_path import asset_path
 from lora_engine.calc import parse_targets
 from lora_engine.calc.predict import RowFacts, row_facts
 from lora_engine.config import (
+    BATCH,
+    STEPS,
     BottleneckConfig,
     DataConfig,
     FullConfig,
@@ -66,11 +68,12 @@ def parse_names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
-def loop_of(arguments: argparse.Namespace, *, lr: float, seed: int) -> TrainConfig:
+def loop_of(arguments: argparse.Namespace, rows: RowFacts, *, lr: float, seed: int) -> TrainConfig:
+    steps, batch_size = STEPS[rows.num_classes > 0], BATCH[rows.num_classes > 0]
     return TrainConfig(
         lr=lr,
-        steps=arguments.steps,
-        batch_size=arguments.batch,
+        steps=steps if arguments.steps is None else arguments.steps,
+        batch_size=batch_size if arguments.batch is None else arguments.batch,
         max_length=arguments.seq,
         seed=seed,
         precision=arguments.precision,

@@ -13,7 +13,7 @@ from lora_engine.calc import parse_targets
 from lora_engine.calc.predict import predict_run
 from lora_engine.commands.history import loss_text, run_payload
 from lora_engine.commands.requests import Output, data_of, loop_of, method_of
-from lora_engine.config import DEFAULT_LRS, LoraConfig, RunConfig, to_dict
+from lora_engine.config import LoraConfig, RunConfig, default_lr, to_dict
 from lora_engine.errors import ConfigError, InputError, RunFailedError
 from lora_engine.executors import LocalExecutor
 from lora_engine.runs import Ledger, RunRecord, default_home, runs_frame
@@ -32,9 +32,9 @@ from lora_engine.text import bytes_text, count_text, table_text
 def train(arguments: argparse.Namespace) -> Output:
     ledger = Ledger(default_home())
     method = method_of(arguments)
-    lr = arguments.lr if arguments.lr is not None else DEFAULT_LRS[method.method]
-    train = loop_of(arguments, lr=lr, seed=arguments.seed)
     dataset, rows = data_of(ledger, arguments)
+    lr = arguments.lr if arguments.lr is not None else default_lr(method.method, rows.num_classes)
+    train = loop_of(arguments, rows, lr=lr, seed=arguments.seed)
     config = RunConfig(
         model=absolute_model(arguments.model),
         data=dataset,
@@ -77,8 +77,8 @@ def train(arguments: argparse.Namespace) -> Output:
 def sweep(arguments: argparse.Namespace) -> Output:
     ledger = Ledger(default_home())
     method = LoraConfig(target_modules=parse_targets(arguments.targets), use_rslora=arguments.rslora)
-    train = loop_of(arguments, lr=DEFAULT_LRS[method.method], seed=0)
     dataset, rows = data_of(ledger, arguments)
+    train = loop_of(arguments, rows, lr=default_lr(method.method, rows.num_classes), seed=0)
     base = RunConfig(model=absolute_model(arguments.model), data=dataset, method=method, train=train)
     spec = SweepSpec(
         base=base,

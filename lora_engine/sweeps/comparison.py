@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from lora_engine.config import DEFAULT_LRS, MethodConfig, RunConfig, method_from_dict, run_config_from_dict, to_dict
+from lora_engine.config import (
+    DEFAULT_LRS,
+    MethodConfig,
+    RunConfig,
+    default_lr,
+    method_from_dict,
+    run_config_from_dict,
+    to_dict,
+)
 from lora_engine.errors import ConfigError
 
 KIND = "comparison"  # tells its record in the ledger from a grid's
@@ -100,9 +108,9 @@ class ComparisonSpec:
         )
 
 
-def default_rates(method: str) -> tuple[float, ...]:
+def default_rates(method: str, num_classes: int = 0) -> tuple[float, ...]:
     """Three learning rates around the method's default, two to a decade."""
-    return rates_around(DEFAULT_LRS[method])
+    return rates_around(default_lr(method, num_classes))
 
 
 def rates_around(lr: float) -> tuple[float, ...]:

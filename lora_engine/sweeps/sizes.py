@@ -61,7 +61,7 @@ def plan_comparison(
     entries = tuple(
         Entry(
             method=method,
-            lrs=tuple((lrs or {}).get(method.method) or default_rates(method.method)),
+            lrs=tuple((lrs or {}).get(method.method) or default_rates(method.method, num_classes)),
             steps=steps[method.method],
         )
         for method in fitted
