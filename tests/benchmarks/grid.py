@@ -72,6 +72,9 @@ def compare(work: Workload, repeats: int, *, scripts: int = 0) -> dict[str, Any]
     figures = _measure(work, runs, bases, repeats, reference=PACKED)
     packed = figures["runs"][PACKED]
     packed |= {"planning_seconds": packing.seconds, "pack_sizes": packing.sizes, "plans": packing.plans}
+    whole = statistics.median(packed["all_seconds"]) + packing.seconds
+    for run in figures["runs"].values():
+        run["times_ours_with_planning"] = run["seconds"]["median"] / whole
     if scripts:
         done = script_per_config(work, scripts)
         total = statistics.mean(done["seconds"]) * work.num_configs
@@ -80,6 +83,10 @@ def compare(work: Workload, repeats: int, *, scripts: int = 0) -> dict[str, Any]
             "seconds": summary([total]),
             "note": f"{scripts} of {work.num_configs} were started and timed; the total is scaled from them",
             "times_ours": summary([total / s for s in packed["all_seconds"]]),
+            # Its A is another; B is zero, so the first losses are the same all the same.
+            "max_first_loss_difference": max(
+                abs(a - b) for a, b in zip(done["first_losses"], figures["first_losses"], strict=False)
+            ),
             "peak_bytes": done["peak_rss_bytes"],
             "peak_kind": "resident set of one process",
         }
@@ -127,6 +134,7 @@ def _measure(
         "device": torch.cuda.get_device_name() if work.device == "cuda" else "cpu",
         "precision": work.precision,
         "matrix_flops_per_second": rate,
+        "first_losses": [losses[0] for losses in ours["losses"]],
         "runs": {},
     }
     for name, done in taken.items():
