@@ -109,8 +109,10 @@ def estimate_memory(shape: ModelShape, method: MethodConfig, **settings: Any) ->
     return estimate(shape, method, Settings(**settings))
 
 
-def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> MemoryEstimate:
-    """`estimate_memory` with checked settings."""
+def estimate(
+    shape: ModelShape, method: MethodConfig, settings: Settings, *, loss_in_place: bool = False
+) -> MemoryEstimate:
+    """`estimate_memory` with checked settings; `loss_in_place` as in `moments`."""
     if isinstance(method, FullConfig) and settings.precision not in TRAINABLE_PRECISIONS:
         raise ConfigError(
             "precision",
@@ -134,6 +136,7 @@ def estimate(shape: ModelShape, method: MethodConfig, settings: Settings) -> Mem
             labelled_share=settings.labelled_share,
             checkpointing=settings.checkpointing,
             accumulation=settings.accumulation,
+            loss_in_place=loss_in_place,
         ),
         key=lambda moment: moment.total,
     )

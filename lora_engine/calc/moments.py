@@ -49,9 +49,17 @@ class _Run:
 
 
 def moments(
-    shape: ModelShape, plan: Plan, step: Step, *, labelled_share: float, checkpointing: bool, accumulation: int
+    shape: ModelShape,
+    plan: Plan,
+    step: Step,
+    *,
+    labelled_share: float,
+    checkpointing: bool,
+    accumulation: int,
+    loss_in_place: bool = False,
 ) -> Iterator[Moment]:
-    """Every moment that can be the peak of a step, in order."""
+    """Every moment that can be the peak of a step, in order. `loss_in_place`: the loss goes back in the place of its
+    log-probabilities (a pack's), so that nothing stands beside them."""
     widths, tokens = step.widths, step.tokens
     batch = tokens // step.seq_length
     rows = round(batch * (step.seq_length - 1) * labelled_share) if shape.output_head else 0
@@ -88,8 +96,9 @@ def moments(
     # A float32 head has a copy in half precision, kept for the gradient of the hidden state where one is asked for.
     copied = shape.output_head is not None and (widths.mixed or (plan.head and c == 2))
     copy = c * vocab * shape.hidden_size if copied else 0
-    yield moment("loss", 0, kept + outside, (8 if c == 4 else 8 + c) * vocab * rows + capped, copy)
-    yield moment("loss", 0, kept + outside, 12 * vocab * rows + capped, copy if flows else 0)
+    yield moment("loss", 0, kept + outside, (8 if c == 4 or loss_in_place else 8 + c) * vocab * rows + capped, copy)
+    back = 4 if loss_in_place else 12
+    yield moment("loss", 0, kept + outside, back * vocab * rows + capped, copy if flows else 0)
     if shape.output_head and not shape.plain_head:
         # Logits of every token were made and the labelled ones picked: their gradient goes back into the room of all.
         picked = c * vocab * rows + capped + 2 * every

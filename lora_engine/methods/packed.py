@@ -52,7 +52,7 @@ class PackedLayer(nn.Module):
     def take(self, tensors: Sequence[nn.Parameter]) -> None:
         """Views of the pack's buffers: A (N, R, in), B (N, out, R), their gradients in `.grad`."""
         self.lora_A, self.lora_B = tensors
-        self.scaling = self.scaling.to(self.lora_A.device, self.lora_A.dtype)
+        self.scaling = self.scaling.to(self.lora_A.dtype).to(self.lora_A.device)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:

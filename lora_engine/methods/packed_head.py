@@ -11,6 +11,20 @@ from lora_engine.methods.packed_linear import compute_dtype
 from lora_engine.methods.places import Float32Linear, task_head_names
 
 
+class _IntoBuffer(torch.autograd.Function):
+    """A parameter as it is, its gradient added to the pack's buffer: rows of it lie too far apart for autograd's own
+    accumulation, which wants gradients packed tight."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        ctx.p = p
+        return p.view_as(p)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        ctx.p.grad.add_(grads[0])
+
+
 class PackedAffine(nn.Module):
     """N Linears, or N LayerNorms, in the place of one: weights (N, ...), biases (N, ...)."""
 
@@ -34,20 +48,19 @@ class PackedAffine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base_layer
         rows = x.reshape(self.size, -1, x.shape[-1])  # (N, n, in)
+        weight: Tensor = _IntoBuffer.apply(self.weight)
+        bias: Tensor | None = None if self.bias is None else _IntoBuffer.apply(self.bias)
         if isinstance(base, nn.LayerNorm):
             normed = nn.functional.layer_norm(rows, base.normalized_shape, eps=base.eps)
-            out = normed * self.weight.unsqueeze(1)
-            if self.bias is not None:
-                out = out + self.bias.unsqueeze(1)
+            out = normed * weight.unsqueeze(1)
+            if bias is not None:
+                out = out + bias.unsqueeze(1)
             return out.to(x.dtype).view(x.shape)
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight.to(dtype).transpose(1, 2)
+            weight = weight.to(dtype).transpose(1, 2)
             rows = rows.to(dtype)
-            if self.bias is None:
-                out = torch.bmm(rows, weight)
-            else:
-                out = torch.baddbmm(self.bias.to(dtype).unsqueeze(1), rows, weight)
+            out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.to(dtype).unsqueeze(1), rows, weight)
         return out.view(*x.shape[:-1], out.shape[-1])
 
 

@@ -57,7 +57,7 @@ class PackBatches:
         batch = make_batch([self.train_rows[i] for rows in picked for i in rows], self.pad_id, self.device)
         counts = torch.tensor([sum(self.labels[i] for i in rows) for rows in picked])
         owners = torch.arange(len(picked)).repeat_interleave(counts)
-        weights = torch.tensor([1 / total for total in totals], dtype=torch.float64)[owners].to(self.device)
+        weights = torch.tensor([1 / total for total in totals], dtype=sum_dtype(self.device))[owners].to(self.device)
         num_tokens = [sum(self.lengths[i] for i in rows) for rows in picked]
         return PackBatch(batch, owners.to(self.device), weights, num_tokens)
 
@@ -68,6 +68,11 @@ class PackBatches:
     def evaluation(self, rows: Sequence[Encoded]) -> list[Batch]:
         """Every batch once for each config."""
         return [repeat_batch(batch, len(self.rows)) for batch in self.plain_evaluation(rows)]
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The widest type that `device` sums in."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def repeat_batch(batch: Batch, size: int) -> Batch:

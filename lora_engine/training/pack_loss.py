@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_engine.training.batches import Batch
 from lora_engine.training.loss import labelled_logits
-from lora_engine.training.pack_batches import PackBatch
+from lora_engine.training.pack_batches import PackBatch, sum_dtype
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -34,8 +34,8 @@ def pack_losses(model: Any, packed: PackBatch) -> tuple[Tensor, Tensor]:
     """(sum over configs of each one's share of its token mean, to go backward from; the same of each config (N,))."""
     logits = labelled_logits(model, packed.batch)
     weighted: Tensor = _WeightedCrossEntropy.apply(logits, packed.batch.targets, packed.weights.to(logits.dtype))
-    each = torch.zeros(len(packed.num_tokens), dtype=torch.float64, device=logits.device)
-    return weighted.sum(), each.index_add_(0, packed.owners, weighted.detach().double())
+    each = torch.zeros(len(packed.num_tokens), dtype=sum_dtype(logits.device), device=logits.device)
+    return weighted.sum(), each.index_add_(0, packed.owners, weighted.detach().to(each.dtype))
 
 
 @torch.no_grad()

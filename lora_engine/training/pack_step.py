@@ -14,7 +14,7 @@ from lora_engine.methods.packed import Pack, inject_pack
 from lora_engine.training.base import autocast_of
 from lora_engine.training.loop import LoopState, build_optimizer
 from lora_engine.training.measure import PeakMemory
-from lora_engine.training.pack_batches import PackBatches
+from lora_engine.training.pack_batches import PackBatches, sum_dtype
 from lora_engine.training.pack_loss import pack_losses
 
 
@@ -73,7 +73,7 @@ class PackedSteps:
             group["lr"] = lr
         batches = self.batches.step(steps)
         self.pack.zero_grad()
-        losses = torch.zeros(len(self.rows), device=self.device, dtype=torch.float64)
+        losses = torch.zeros(len(self.rows), device=self.device, dtype=sum_dtype(self.device))
         for batch in batches:
             with self.autocast:
                 total, each = pack_losses(self.model, batch)
@@ -81,7 +81,7 @@ class PackedSteps:
             losses += each
         norms = clip_rows(self.pack.gradients, self.limits)
         self.optimizer.step()
-        read = torch.stack((losses, norms.double())).tolist()  # one transfer for all rows
+        read = torch.stack((losses, norms.to(losses.dtype))).tolist()  # one transfer for all rows
         num_tokens = [sum(batch.num_tokens[i] for batch in batches) for i in range(len(self.rows))]
         return read[0], read[1], num_tokens
 

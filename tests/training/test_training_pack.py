@@ -13,6 +13,7 @@ from lora_engine import methods
 from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.data import IGNORED, Encoded
 from lora_engine.errors import ConfigError
+from lora_engine.methods import lora
 from lora_engine.methods.packed import pack_of
 from lora_engine.methods.places import task_head_parameters
 from lora_engine.methods.quantized import quantize_model
@@ -170,13 +171,14 @@ def test_fp32_is_separate_runs(tmp_path, kind):
     assert_same(model_of(kind), run_configs(), text_rows(), text_rows(6, 9), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert-classifier"])
 def test_fp64_is_separate_runs_to_the_last_digits(tmp_path, kind):
     base = model_of(kind).double()
-    configs = run_configs()
-    packed, _ = train_together(copy.deepcopy(base), configs, text_rows(), text_rows(6, 9))
+    rows_of = class_rows if "classifier" in kind else text_rows
+    configs = run_configs(steps=20 if "classifier" in kind else 50)
+    packed, _ = train_together(copy.deepcopy(base), configs, rows_of(), rows_of(6, 9))
     for row, config in zip(packed, configs, strict=True):
-        state, _, _ = train_alone(base, config, text_rows(), text_rows(6, 9), tmp_path, double=True)
+        state, _, _ = train_alone(base, config, rows_of(), rows_of(6, 9), tmp_path, double=True)
         for name, value in parameters(row).items():
             assert value.dtype == torch.float64
             assert (value - state[name]).abs().max() <= 1e-9, name
@@ -184,8 +186,11 @@ def test_fp64_is_separate_runs_to_the_last_digits(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["bert-classifier", "llama-classifier", "gpt2-classifier"])
 def test_classifiers_train_a_head_each(tmp_path, kind):
-    configs = run_configs(steps=20)
-    packed = assert_same(model_of(kind), configs, class_rows(), class_rows(6, 9), tmp_path)
+    grid = [(r, alpha, lr / 5, decay, seed) for r, alpha, lr, decay, seed in GRID[::2]]  # few labels: steep gradients
+    configs = run_configs(grid, steps=20)
+    # Two labels a step give gradients near AdamW's eps, where float32's noise counts: see float64 for exactness.
+    tolerances = {"loss_tolerance": 3e-5, "delta_tolerance": 5e-3 if "bert" in kind else 2e-4}
+    packed = assert_same(model_of(kind), configs, class_rows(), class_rows(6, 9), tmp_path, **tolerances)
     heads = [next(v for k, v in parameters(row).items() if "lora" not in k) for row in packed]
     assert not torch.equal(heads[0], heads[1])
 
@@ -205,7 +210,7 @@ def test_settings_are_those_of_separate_runs(tmp_path, changes):
     tolerances = {key: changes[key] for key in changes if key.endswith("tolerance")}
     changes = {key: value for key, value in changes.items() if key not in tolerances}
     lr = changes.pop("lr", None)
-    configs = run_configs(steps=15, **changes)
+    configs = run_configs(GRID[::2], steps=12, **changes)
     if lr:
         configs = [dataclasses.replace(c, train=dataclasses.replace(c.train, lr=lr)) for c in configs]
     assert_same(model_of("llama"), configs, text_rows(), text_rows(6, 9), tmp_path, **tolerances)
@@ -223,32 +228,49 @@ def test_methods_that_differ_by_module(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_quantised_bases(tmp_path, kind):
     base = quantize_model(model_of(kind), "nf4")
-    configs = run_configs(GRID[:4], steps=15)
+    configs = run_configs(GRID[:3], steps=12)
     assert_same(base, configs, text_rows(), text_rows(6, 9), tmp_path)
 
 
-def test_bf16_is_within_the_spread_of_separate_runs(tmp_path, monkeypatch):
-    """A batch's rows in another order are the same run with other roundings."""
-    base = model_of("llama").bfloat16()
-    configs = run_configs(precision="bf16", batch_size=4)
-    packed, seen = train_together(copy.deepcopy(base), configs, text_rows(), text_rows(6, 9))
-    whole = loop.rows_of_step
+def train_bf16(base, configs, tmp_path, nudge=0.0):
+    """Losses (configs, steps) and delta_W of separate runs whose A begin up to a part `nudge` away."""
     losses, deltas = [], []
-    for turn in range(4):
-        monkeypatch.setattr(loop, "rows_of_step", lambda *args, k=turn: np.roll(whole(*args), k).tolist())
-        ended = [train_alone(base, config, text_rows(), text_rows(6, 9), tmp_path / str(turn)) for config in configs]
-        losses.append(np.array([[r.train_loss for r in told.steps] for _, _, told in ended]))
-        deltas.append([delta_W(state, config) for (state, _, _), config in zip(ended, configs, strict=True)])
+    inject = methods.inject
+
+    def nudged(model, config, *, seed):
+        inject(model, config, seed=seed)
+        generator = torch.Generator().manual_seed(round(nudge * 2**20))
+        with torch.no_grad():
+            for layer in lora.lora_layers(model).values():
+                A = layer.lora_A.weight
+                A.mul_(1 + nudge * (2 * torch.rand(A.shape, generator=generator) - 1))
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "inject", nudged)
+        for config in configs:
+            state, _, told = train_alone(base, config, text_rows(), text_rows(6, 9), tmp_path / str(nudge))
+            losses.append([r.train_loss for r in told.steps])
+            deltas.append(torch.cat([value.flatten() for value in delta_W(state, config).values()]))
+    return np.array(losses), torch.stack([d / torch.linalg.norm(d) for d in map(torch.Tensor.flatten, deltas)])
+
+
+def test_bf16_is_within_the_spread_of_separate_runs(tmp_path):
+    """Repeated from first values that bfloat16 can hardly tell apart (2^-8 is its last digit)."""
+    base = model_of("llama").bfloat16()
+    configs = run_configs(precision="bf16")
+    packed, seen = train_together(copy.deepcopy(base), configs, text_rows(), text_rows(6, 9))
+    repeats = [train_bf16(base, configs, tmp_path, nudge) for nudge in (0.0, 2**-8)]
     ours = np.array([[r.train_loss for r in told.steps] for told in seen])
-    spread = max(np.abs(a - b).mean() for a in losses for b in losses)
-    assert np.mean([np.abs(ours - a).mean() for a in losses]) <= 1.5 * spread
-
-    def distance(some, others):
-        return sum(float(torch.linalg.norm(a[name] - b[name])) for a, b in zip(some, others, strict=True) for name in a)
-
-    mine = [delta_W(parameters(row), config) for row, config in zip(packed, configs, strict=True)]
-    widest = max(distance(a, b) for a in deltas for b in deltas)
-    assert np.mean([distance(mine, other) for other in deltas]) <= 1.5 * widest
+    spread = max(np.abs(a - b).mean() for a, _ in repeats for b, _ in repeats)
+    assert np.abs(ours - repeats[0][0]).mean() <= spread
+    mine = [
+        torch.cat([v.flatten() for v in delta_W(parameters(row), c).values()])
+        for row, c in zip(packed, configs, strict=True)
+    ]
+    mine = torch.stack([d / torch.linalg.norm(d) for d in mine])
+    widest = max(torch.linalg.norm(a - b) for _, a in repeats for _, b in repeats)
+    assert torch.linalg.norm(mine - repeats[0][1]) <= widest
 
 
 def test_padding_is_exactly_zero_throughout():
@@ -266,7 +288,8 @@ def test_padding_is_exactly_zero_throughout():
             r = layer.ranks[i]
             for tensor in (layer.lora_A, layer.lora_A.grad):
                 assert not tensor[i, r:].any()
-                assert tensor[i, :r].any() or row.state.step == 0
+            assert layer.lora_A[i, :r].all(dim=1).all()
+            assert layer.lora_B[i, :, :r].any() or row.state.step == 0
             for tensor in (layer.lora_B, layer.lora_B.grad):
                 assert not tensor[i, :, r:].any()
         checked.append(i)
