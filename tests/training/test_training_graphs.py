@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from methods.tiny import bert_classifier, gpt2, llama, llama_classifier
-from nothing_asked import NothingAsked
+from nothing_asked import NothingAsked, OnTheDevice
 from transformers import masking_utils
 from transformers.utils import import_utils
 
@@ -183,6 +183,20 @@ def test_a_static_step_asks_nothing_of_the_device(monkeypatch, name, method):
         step = next(iter(static_steps.steps.values()))
         with NothingAsked():
             step.function(*step.inputs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_of_a_step_lives_on_the_device(monkeypatch, name):
+    """The meta device stands for one that is not the host: a capture may not copy from host to device."""
+    make, classes = MODELS[name]
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # autocast does not know meta
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    model = inject(without_dropout(make()), LoraConfig(r=3)).to("meta").train()
+    batch = make_batch(rows(3, classes=classes), 0, torch.device("meta"))
+    with without_device_checks(), OnTheDevice():
+        (labelled_loss_sum(model, batch) / torch.ones((), device="meta")).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
 
 
 def test_packed_sequences_are_looked_for_again_afterwards():
