@@ -18,7 +18,7 @@ from lora_engine.methods.packed import pack_of
 from lora_engine.methods.places import task_head_parameters
 from lora_engine.methods.quantized import quantize_model
 from lora_engine.training import loop
-from lora_engine.training.base import prepare_model
+from lora_engine.training.base import load_base, prepare_model, task_heads
 from lora_engine.training.checkpoint import load_tensors, save_tensors
 from lora_engine.training.pack import PackCallbacks, PackRow, train_pack
 from lora_engine.training.pack_step import PackedSteps
@@ -440,3 +440,18 @@ def test_what_must_be_equal_is_refused():
         train_together(model_of("llama"), configs, text_rows(), text_rows(6, 9))
     with pytest.raises(ConfigError, match="precision is 'mixed-fp16'; allowed: in a pack a precision without"):
         train_together(model_of("llama"), run_configs(GRID[:2], precision="mixed-fp16"), text_rows(), text_rows(6, 9))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
+def test_task_heads_are_those_of_models_loaded_with_each_seed(tmp_path, precision):
+    model_of("bert-classifier").bert.save_pretrained(tmp_path)
+    train = dataclasses.replace(SETTINGS, precision=precision)
+    more = {"classes": ("a", "b"), "pad_id": 0}
+    heads = task_heads(tmp_path, train, [3, 1, 3], **more)
+    assert list(heads) == [3, 1]
+    for seed, head in heads.items():
+        model = load_base(tmp_path, dataclasses.replace(train, seed=seed), CPU, **more)
+        assert {name: p.float().tolist() for name, p in task_head_parameters(model)} == {
+            name: value.tolist() for name, value in head.items()
+        }
+        assert all(value.dtype == torch.float32 for value in head.values())
