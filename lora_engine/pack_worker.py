@@ -126,7 +126,11 @@ class PackWorker:
             self._measure(loaded, row)
         watch = _Watch(self, rows, pending)
         calls = PackCallbacks(
-            on_step=watch.on_step, on_eval=watch.on_eval, should_stop=watch.should_stop, on_pack=watch.on_pack
+            on_step=watch.on_step,
+            on_eval=watch.on_eval,
+            should_stop=watch.should_stop,
+            on_pack=watch.on_pack,
+            on_halved=watch.on_halved,
         )
         loaded.model.train()
         try:
@@ -213,6 +217,9 @@ class _Watch:
         self._together = [row.name for row in rows]
         others = len(rows) - 1
         self.worker._note(self._together, f"training with {others} others" if others else "training")
+
+    def on_halved(self, rows: Sequence[PackRow]) -> None:
+        self.worker._note([row.name for row in rows], "memory ran out: going on in two halves")
 
     def on_step(self, row: PackRow, report: StepReport) -> None:
         self._steps.append(

@@ -12,13 +12,13 @@ from lora_engine.executors import InlineExecutor
 from lora_engine.runs import Ledger, runs_frame, steps_frame
 from lora_engine.sweeps import SweepSpec, resume_sweep, start_sweep
 
-STEPS = 4
+STEPS, LR = 4, 1e-2
 CONFIG = RunConfig(
     data=DataConfig(path=str(asset_path("datasets/customer_support.jsonl"))),
     method=LoraConfig(target_modules="attention"),
     train=TrainConfig(steps=STEPS, batch_size=2, max_length=32, eval_every=2, eval_examples=4, device="cpu"),
 )
-GRID = {"rs": (1, 4), "lora_alphas": (6.0,), "lrs": (1e-2,), "seeds": (0, 1)}
+GRID = {"rs": (1, 4), "lora_alphas": (6.0,), "lrs": (LR,), "seeds": (0, 1)}
 
 
 def sweep(home, base=CONFIG, **changes):
@@ -27,9 +27,12 @@ def sweep(home, base=CONFIG, **changes):
     return ledger, sweep_id, ledger.list_runs(sweep_id=sweep_id)[::-1]
 
 
-def assert_close(a, b):
-    # As a whole: AdamW moves a value whose gradient is all rounding as far as any other.
-    assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
+def assert_close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    apart = np.concatenate([np.abs(ours[name] - theirs[name]).ravel() for name in ours])
+    # Nearly all: AdamW moves a value whose gradient is nothing but rounding as far as any other.
+    assert np.quantile(apart, 0.95) <= 2e-5
+    assert apart.max() <= 2 * STEPS * LR
 
 
 def assert_same_results(ledger, packed, alone):
@@ -44,10 +47,7 @@ def assert_same_results(ledger, packed, alone):
         assert one.result["sample"]["prompt"] == other.result["sample"]["prompt"]
         files = [ledger.run_folder(run.id) / "adapter" for run in (one, other)]
         assert len({(f / "adapter_config.json").read_text() for f in files}) == 1
-        ours, theirs = (load_file(f / "adapter_model.safetensors") for f in files)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert_close(ours[name], theirs[name])
+        assert_close(*(load_file(f / "adapter_model.safetensors") for f in files))
         steps = [steps_frame(ledger, [run.id]) for run in (one, other)]
         assert list(steps[0]["step"]) == list(range(1, STEPS + 1))
         np.testing.assert_allclose(steps[0]["train_loss"], steps[1]["train_loss"], atol=1e-4)
@@ -84,8 +84,7 @@ def test_classifiers_have_the_head_of_their_seed(home, tmp_path):
     for one, other in zip(packed, alone, strict=True):
         assert one.result["eval_accuracy"] == other.result["eval_accuracy"]
         heads = [load_file(ledger.run_folder(r.id) / "adapter" / "trained.safetensors") for r in (one, other)]
-        for name in heads[0]:
-            assert_close(heads[0][name], heads[1][name])
+        assert_close(*heads)
 
 
 def test_what_cannot_be_packed_goes_one_after_another_and_says_why(home):
