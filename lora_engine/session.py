@@ -31,6 +31,7 @@ from lora_engine.methods.places import replace_module, task_head_names
 from lora_engine.methods.quantized import num_parameters
 from lora_engine.training.base import load_base, resolve_device, resolve_model
 from lora_engine.training.generate import generate_text
+from lora_engine.training.threads import use_all_cores
 
 SAMPLE_TOKENS = 48
 Note = Callable[[str], None]
@@ -67,6 +68,7 @@ class Session:
     they were; anything else makes the next run load."""
 
     def __init__(self) -> None:
+        use_all_cores()
         self._key, self._seed = "", 0
         self._loaded: Loaded | None = None
         self.num_loads = 0  # of a model
