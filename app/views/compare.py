@@ -18,6 +18,7 @@ from widgets import explain
 from lora_engine.comparisons import comparer, is_active, start_comparison
 from lora_engine.config import DEVICES, METHOD_CONFIGS, TRAINABLE_PRECISIONS, MethodConfig
 from lora_engine.errors import InputError
+from lora_engine.sweeps import evaluated_at_quarters
 from lora_engine.sweeps.comparison import MATCHES, ComparisonSpec, count_runs
 from lora_engine.sweeps.sizes import plan_comparison
 
@@ -27,7 +28,7 @@ MATCH_WORDS = {
     "memory": "memory",
     "seconds": "time",
 }
-EVAL_ROWS, EVALS_A_RUN = 256, 4
+EVAL_ROWS = 256
 
 settings = state.current()
 st.header("Is LoRA the right technique?", anchor=False)
@@ -100,7 +101,7 @@ if chosen is not None and chosen.usable:
     try:
         loop = Loop(steps=int(steps), device=str(device))
         base = run_config(settings, chosen, loop, precisions=TRAINABLE_PRECISIONS)
-        train = replace(base.train, eval_examples=EVAL_ROWS, eval_every=max(1, int(steps) // EVALS_A_RUN))
+        train = replace(evaluated_at_quarters(base.train), eval_examples=EVAL_ROWS)
         spec = plan_comparison(
             replace(base, train=train),
             [method_config(name) for name in comparing.METHODS if name in names],

@@ -1,6 +1,7 @@
 """Sweep: which rank and alpha?"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from lora_engine.config import DEVICES
 from lora_engine.errors import InputError
 from lora_engine.executors import LocalExecutor
 from lora_engine.runs import runs_frame
-from lora_engine.sweeps import SweepSpec, start_sweep
+from lora_engine.sweeps import SweepSpec, evaluated_at_quarters, start_sweep
 
 V = TypeVar("V", int, float)
 SEEDS = (0, 1, 2, 3, 4)
@@ -86,7 +87,7 @@ if chosen is not None and chosen.usable:
     try:
         base = run_config(settings, chosen, Loop(steps=int(steps), device=str(device)))
         spec = SweepSpec(
-            base=base,
+            base=replace(base, train=evaluated_at_quarters(base.train)),
             rs=tuple(rs),
             lora_alphas=tuple(alphas),
             lrs=tuple(lrs),

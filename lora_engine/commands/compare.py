@@ -16,12 +16,10 @@ from lora_engine.comparisons import comparer, is_active, read_cells, read_compar
 from lora_engine.config import METHOD_CONFIGS, LoraConfig, MethodConfig, RunConfig, default_lr
 from lora_engine.errors import ConfigError, RunFailedError
 from lora_engine.runs import Ledger, default_home
-from lora_engine.sweeps import cancel_sweep
+from lora_engine.sweeps import cancel_sweep, evaluated_at_quarters
 from lora_engine.sweeps.comparison import ComparisonSpec
 from lora_engine.sweeps.sizes import plan_comparison
 from lora_engine.text import bytes_text, count_text, table_text
-
-EVALS_A_RUN = 4  # beside the ones before and after
 
 
 def compare(arguments: argparse.Namespace) -> Output:
@@ -30,7 +28,7 @@ def compare(arguments: argparse.Namespace) -> Output:
     lrs = parse_rates(arguments.lrs, [method.method for method in methods])
     dataset, rows = data_of(ledger, arguments)
     train = loop_of(arguments, rows, lr=default_lr("lora", rows.num_classes), seed=0)
-    train = replace(train, eval_examples=arguments.eval_rows, eval_every=max(1, train.steps // EVALS_A_RUN))
+    train = replace(evaluated_at_quarters(train), eval_examples=arguments.eval_rows)
     base = RunConfig(model=absolute_model(arguments.model), data=dataset, method=LoraConfig(), train=train)
     spec = plan_comparison(
         base,

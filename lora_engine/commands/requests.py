@@ -90,6 +90,7 @@ def file_of(path: str) -> Path:
 
 def data_of(ledger: Ledger, arguments: argparse.Namespace) -> tuple[DataConfig, RowFacts]:
     """Check the dataset before anything starts, then keep a copy with the ledger; also the facts of its rows."""
+    loop_of(arguments, RowFacts(0, 0.0), lr=1.0, seed=0)  # a wrong flag is said before a file is read, let alone kept
     path = file_of(arguments.data)
     report = check_dataset(path, load_tokenizer(model_folder(arguments.model)), max_length=arguments.seq).to_dict()
     stored = store_upload(ledger.home, path.name, path.read_bytes())

@@ -24,6 +24,7 @@ from lora_engine.sweeps import (
     early_exit_bill,
     estimate_packed_sweep_seconds,
     estimate_sweep_seconds,
+    evaluated_at_quarters,
     start_sweep,
 )
 from lora_engine.text import bytes_text, count_text, table_text
@@ -78,7 +79,8 @@ def sweep(arguments: argparse.Namespace) -> Output:
     ledger = Ledger(default_home())
     method = LoraConfig(target_modules=parse_targets(arguments.targets), use_rslora=arguments.rslora)
     dataset, rows = data_of(ledger, arguments)
-    train = loop_of(arguments, rows, lr=default_lr(method.method, rows.num_classes), seed=0)
+    lr = default_lr(method.method, rows.num_classes)
+    train = evaluated_at_quarters(loop_of(arguments, rows, lr=lr, seed=0))
     base = RunConfig(model=absolute_model(arguments.model), data=dataset, method=method, train=train)
     spec = SweepSpec(
         base=base,

@@ -4,7 +4,7 @@ from lora_engine.sweeps.advice import Advice, advise, best_over, summarize_cells
 from lora_engine.sweeps.halving import EarlyExitBill, early_exit_bill, judge, rung_steps, trained_share
 from lora_engine.sweeps.launch import cancel_sweep, resume_sweep, start_sweep
 from lora_engine.sweeps.packing import BAND, PACKED, RunGroup, group_runs, pack_refusal
-from lora_engine.sweeps.spec import SweepSpec, expand_grid
+from lora_engine.sweeps.spec import SweepSpec, evaluated_at_quarters, expand_grid
 from lora_engine.sweeps.timing import (
     PackedEstimate,
     Throughput,
@@ -30,6 +30,7 @@ __all__ = [
     "estimate_packed_sweep_seconds",
     "estimate_run_seconds",
     "estimate_sweep_seconds",
+    "evaluated_at_quarters",
     "expand_grid",
     "find_throughput",
     "group_runs",

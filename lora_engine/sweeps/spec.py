@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_engine.config import LoraConfig, RunConfig, run_config_from_dict, to_dict
+from lora_engine.config import LoraConfig, RunConfig, TrainConfig, run_config_from_dict, to_dict
 from lora_engine.errors import ConfigError
 from lora_engine.sweeps.packing import PACKED
 
@@ -101,6 +101,14 @@ def _with_rank(base: RunConfig, r: int, alpha: float) -> LoraConfig:
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def evaluated_at_quarters(train: TrainConfig) -> TrainConfig:
+    """`train` with an evaluation at every quarter of its steps.
+
+    Of dozens of runs nobody reads ten points of each curve, and on small batches ten evaluations take longer than the
+    steps between them."""
+    return replace(train, eval_every=max(1, train.steps // 4))
 
 
 Predict = Callable[[RunConfig], Mapping[str, Any] | None]

@@ -12,13 +12,13 @@ from lora_engine.calc.predict import predict_run
 from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.executors import InlineExecutor
 from lora_engine.runs import Ledger, runs_frame
-from lora_engine.sweeps import SweepSpec, estimate_sweep_seconds, start_sweep
+from lora_engine.sweeps import SweepSpec, estimate_sweep_seconds, evaluated_at_quarters, start_sweep
 
 CELL = ["r", "lora_alpha", "lr"]
 
 
 def run_early_exit(*, smoke: bool = False, repeats: int = 0) -> dict[str, Any]:  # noqa: ARG001
-    """r 1 to 32 x 3 alphas x 3 rates x 2 seeds, 40 steps each, on the bundled customer-support set.
+    """r 1 to 32 x 3 alphas x 3 rates x 2 seeds, 40 steps of 2 x 64 tokens each, on the bundled customer-support set.
 
     Both sweeps begin in a fresh folder and process, so their seconds include starting torch and measuring the pack
     size; the sequential estimate is taken from one run of every rank, trained with packing off."""
@@ -28,7 +28,7 @@ def run_early_exit(*, smoke: bool = False, repeats: int = 0) -> dict[str, Any]: 
         "lrs": (1e-3, 3e-3, 1e-2),
         "seeds": (0, 1),
     }
-    train = TrainConfig(steps=40, device="auto")
+    train = evaluated_at_quarters(TrainConfig(steps=40, batch_size=2, max_length=64, device="auto"))
     if smoke:
         axes |= {"rs": (1, 2), "lora_alphas": (8.0,), "seeds": (0,), "lrs": (1e-3, 3e-3)}
         train = TrainConfig(steps=4, batch_size=1, max_length=32, eval_examples=2, device="cpu")
