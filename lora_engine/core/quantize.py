@@ -115,8 +115,9 @@ def quantize_int8(W: Array) -> tuple[Array, Array]:
 
     The weights alone: activations stay as they are, so there are no outliers to take apart."""
     absmax = np.abs(W).max(axis=1)
-    inverse = np.float32(1) / np.where(absmax > 0, absmax, np.float32(1)) * np.float32(127)
-    return np.rint(W * inverse[:, None]).astype(np.int8), absmax
+    # Shares first: 127 over the size of a very small row is beyond float32.
+    shares = W / np.where(absmax > 0, absmax, np.float32(1))[:, None]
+    return np.rint(shares * np.float32(127)).astype(np.int8), absmax
 
 
 def dequantize_int8(codes: Array, absmax: Array) -> Array:

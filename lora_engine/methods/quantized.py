@@ -71,8 +71,7 @@ def _quantize_int8(weight: Tensor) -> dict[str, Tensor]:
         part = weight[start : start + rows].float()
         largest = part.abs().amax(dim=1)
         absmax[start : start + rows] = largest
-        inverse = 127.0 / torch.where(largest > 0, largest, 1.0)
-        codes[start : start + rows] = (part * inverse[:, None]).round_()
+        codes[start : start + rows] = (part / torch.where(largest > 0, largest, 1.0)[:, None]).mul_(127.0).round_()
     return {"codes": codes, "absmax": absmax}
 
 
