@@ -169,7 +169,8 @@ def _forward_passing(shape: ModelShape, step: Step) -> int:
     # The embedding's output, the residual, and the norm's output where the norm comes first.
     held = 2 * s if shape.post_norm else 2 * s + c
     # The scores, and the mask.
-    made = shape.num_heads * step.seq_length * scores.forward + (s * step.seq_length if step.eager else 0)
+    masked = step.eager or step.padded  # sdpa turns a mask of booleans into numbers
+    made = shape.num_heads * step.seq_length * scores.forward + (s * step.seq_length if masked else 0)
     return step.tokens * max(mlp, made + h * held + products * shape.query_width)
 
 
