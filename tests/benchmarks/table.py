@@ -64,6 +64,7 @@ def pack_memory_section(figures: dict[str, Any]) -> str:
     lines = [
         [
             cell["tokens"],
+            ", ".join(map(str, sorted(cell["ranks"]))),
             size["size"],
             _mib(size["measured_bytes"]),
             _mib(size["predicted_bytes"]),
@@ -74,7 +75,7 @@ def pack_memory_section(figures: dict[str, Any]) -> str:
         for cell in figures["cells"]
         for size in cell["sizes"]
     ]
-    heads = ["Tokens", "configurations", "peak", "predicted", "off by", "each one more", "predicted"]
+    heads = ["Tokens", "ranks", "configurations", "peak", "predicted", "off by", "each one more", "predicted"]
     return _table(heads, lines)
 
 
