@@ -1,9 +1,7 @@
 """app: the dashboard."""
 
 import argparse
-import inspect
 import os
-import sys
 import threading
 from importlib import import_module
 from pathlib import Path
@@ -11,8 +9,8 @@ from pathlib import Path
 from lora_engine.assets_path import app_path
 from lora_engine.errors import ConfigError, RunFailedError
 
-# What the first page imports and the server itself does not, slowest first; `charts` is the app's own.
-PAGE_IMPORTS = ("pandas", "plotly.graph_objects", "lora_engine.runs", "charts")
+# What the first page imports and the server itself does not, slowest first.
+PAGE_IMPORTS = ("pandas", "plotly.graph_objects", "lora_engine.runs")
 # About what the server needs to answer; too long or too short costs a little time and nothing else.
 SERVER_START_SECONDS = 0.3
 
@@ -28,7 +26,6 @@ def app(arguments: argparse.Namespace) -> tuple[None, str]:
         os.environ["LORA_EXPLORER_HOME"] = str(Path(home).expanduser().absolute())
     # Streamlit reads .streamlit/config.toml of the working folder: the one beside main.py holds everywhere.
     os.chdir(script.parent)
-    sys.path.insert(0, str(script.parent))  # as Streamlit does, a moment later
     from streamlit.web import cli
 
     # While the browser loads its scripts the server has nothing else to do; before it answers, this would delay it.
@@ -50,6 +47,3 @@ def app(arguments: argparse.Namespace) -> tuple[None, str]:
 def _import_pages() -> None:
     for name in PAGE_IMPORTS:
         import_module(name)
-    # Streamlit looks at the stack with the first thing it draws, and `inspect` then resolves the path of every module;
-    # it keeps them.
-    inspect.stack()
