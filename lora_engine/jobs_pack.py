@@ -22,7 +22,15 @@ from lora_engine.training.base import task_heads
 from lora_engine.training.generate import generate_texts
 from lora_engine.training.loop import Callbacks, LoopState, StepReport, heaviest_step, train
 from lora_engine.training.memory_limits import is_out_of_memory
-from lora_engine.training.pack_size import USED_SHARE, PackPlan, choose_pack_size, free_memory, probe_pack
+from lora_engine.training.pack_size import (
+    USED_SHARE,
+    PackPlan,
+    choose_pack_size,
+    even_size,
+    free_memory,
+    probe_pack,
+    rows_that_fit,
+)
 from lora_engine.training.pack_step import PackRow
 
 Heads = dict[int, Mapping[str, Tensor]]
@@ -58,18 +66,17 @@ def plan_size(loaded: Loaded, rows: Sequence[PackRow], packed: str) -> PackPlan:
     if packed == "auto":
         return choose_pack_size(loaded.model, rows, loaded.train_rows, pad_id=loaded.tokenizer.pad_id)
     dearest = sorted(rows, key=lambda row: -row.method.r)
-    budget = USED_SHARE * free_memory(loaded.device)
+    budget = int(USED_SHARE * free_memory(loaded.device))
     added: list[int] = []
     for size in (1, 2):
         probe = probe_pack(loaded.model, dearest[:size], loaded.train_rows, pad_id=loaded.tokenizer.pad_id, timed=0)
         if probe is None:
             return PackPlan(1, {}, {}, "memory ran out with two")
         added.append(probe.added_bytes)
-    fits = max(1, int((budget - added[0]) // max(1, added[1] - added[0])) + 1)
+    fits = rows_that_fit(budget, *added)
     if fits >= len(rows):
         return PackPlan(len(rows), {}, {}, "packed is always")
-    even = math.ceil(len(rows) / math.ceil(len(rows) / fits))
-    return PackPlan(even, {}, {}, "packed is always; more would not fit into memory")
+    return PackPlan(even_size(len(rows), fits), {}, {}, "packed is always; more would not fit into memory")
 
 
 def measure_alone(loaded: Loaded, config: RunConfig) -> LoopState:

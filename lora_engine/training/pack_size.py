@@ -76,8 +76,7 @@ def choose_pack_size(
             break
         seconds[size], peaks[size], added[size] = probe.seconds, probe.peak_bytes, probe.added_bytes
         if size == 2:
-            slope = max(1, added[2] - added[1])
-            fits = max(1, (budget - added[1]) // slope + 1)
+            fits = rows_that_fit(budget, added[1], added[2])
             if fits < most:
                 most, limit = fits, "more would not fit into memory"
         if size == most or (size >= 2 and _rate(seconds, size) < WORTH * _rate(seconds, size // 2)):
@@ -88,8 +87,7 @@ def choose_pack_size(
     best = max((n for n in seconds if n <= most), key=lambda n: _rate(seconds, n))
     if best > 1 and _rate(seconds, best) < WORTH * _rate(seconds, 1):
         best = 1
-    even = -(-len(rows) // -(-len(rows) // best))
-    return PackPlan(even, seconds, peaks, _reason(best, len(rows), most, limit, seconds))
+    return PackPlan(even_size(len(rows), best), seconds, peaks, _reason(best, len(rows), most, limit, seconds))
 
 
 def probe_pack(
@@ -125,6 +123,16 @@ def probe_pack(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return probe
+
+
+def rows_that_fit(budget: int, one: int, two: int) -> int:
+    """How many rows add at most `budget` bytes where one adds `one` and two add `two`; at least 1."""
+    return max(1, (budget - one) // max(1, two - one) + 1)
+
+
+def even_size(num_rows: int, size: int) -> int:
+    """The size of the fewest packs of at most `size` rows, made even."""
+    return -(-num_rows // -(-num_rows // size))
 
 
 def free_memory(device: torch.device) -> int:
