@@ -24,3 +24,14 @@ def home(tmp_path, monkeypatch):
     folder = tmp_path / "home"
     monkeypatch.setenv("LORA_EXPLORER_HOME", str(folder))
     return folder
+
+
+@pytest.fixture
+def one_thread():
+    """Two threads on models of a few thousand parameters only wait for each other."""
+    import torch  # not at the top: tests without it start without it
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -15,13 +15,7 @@ from lora_engine.training.pack_step import PackedSteps, PackRow
 MODELS = {"llama": tiny.llama, "llama-classifier": tiny.llama_classifier}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on models this small only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def packed_steps(name, dtype=torch.float32):

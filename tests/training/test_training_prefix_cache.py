@@ -19,13 +19,7 @@ LINEARS = ("q_proj", "down_proj", "c_attn", "c_proj", "query", "dense")
 UPPER = LoraConfig(r=3, target_modules=LINEARS, layers_to_transform=(2, 3))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on models this small only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(num=8, seed=0, classes=0):
