@@ -24,8 +24,8 @@ from lora_engine.methods.quantized import QuantizedLinear, device_of, features_o
 class _LowRankLinear(torch.autograd.Function):
     """h = x W0^T + bias + s (x A^T) B^T with W0 frozen (core.forward and core.backward).
 
-    One node instead of five: x is saved once, beside the (r, n) product A x^T; no gradient of
-    W0 is ever formed and the two products of each direction are added in place. A packed W0 is dequantised in
+    One node instead of five: x is saved once, beside s A x^T (r, n), from which B's gradient follows without another
+    scaling; no gradient of W0 is ever formed and the two products of each direction are added in place. A packed W0 is dequantised in
     forward and again in backward."""
 
     @staticmethod
@@ -43,9 +43,9 @@ class _LowRankLinear(torch.autograd.Function):
         packed = isinstance(base, QuantizedLinear)
         weight = base.dequantize(rows.dtype) if isinstance(base, QuantizedLinear) else base
         # The thin products are taken with r as their rows: on the CPU up to six times as fast as with r columns.
-        low = A @ rows.t()  # (r, n)
+        low = (A @ rows.t()).mul_(scaling)  # (r, n)
         h = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        h.addmm_(low.t(), B.t(), alpha=scaling)
+        h.addmm_(low.t(), B.t())
         ctx.save_for_backward(rows, low, None if packed else weight, A, B)
         ctx.scaling, ctx.packed = scaling, base if packed else None
         return h
@@ -63,7 +63,7 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_A = g_low @ rows
         if ctx.needs_input_grad[4]:
-            grad_B = (low @ g).mul_(ctx.scaling).t()
+            grad_B = (low @ g).t()
         return grad_x, None, None, grad_A, grad_B, None
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -232,45 +233,44 @@ def test_quantised_bases(tmp_path, kind):
     assert_same(base, configs, text_rows(), text_rows(6, 9), tmp_path)
 
 
-def train_bf16(base, configs, tmp_path, nudge=0.0):
-    """Losses (configs, steps) and delta_W of separate runs whose A begin up to a part `nudge` away."""
-    losses, deltas = [], []
-    inject = methods.inject
-
-    def nudged(model, config, *, seed):
-        inject(model, config, seed=seed)
-        generator = torch.Generator().manual_seed(round(nudge * 2**20))
-        with torch.no_grad():
-            for layer in lora.lora_layers(model).values():
-                A = layer.lora_A.weight
-                A.mul_(1 + nudge * (2 * torch.rand(A.shape, generator=generator) - 1))
-        return model
-
+def train_padded(base, configs, tmp_path, padding):
+    """Losses (configs, steps) and directions of delta_W of separate runs whose batches hold one more row of `padding`
+    tokens without a label: the same mathematics, other roundings."""
+    unlabelled = Encoded(row=-1, input_ids=[3] * padding, labels=[IGNORED] * padding, truncated=False)
+    make_batch = loop.make_batch
+    losses, directions = [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "inject", nudged)
+        if padding:
+            patch.setattr(loop, "make_batch", lambda rows, *more: make_batch([*rows, unlabelled], *more))
         for config in configs:
-            state, _, told = train_alone(base, config, text_rows(), text_rows(6, 9), tmp_path / str(nudge))
+            state, _, told = train_alone(base, config, text_rows(), text_rows(6, 9), tmp_path / str(padding))
             losses.append([r.train_loss for r in told.steps])
-            deltas.append(torch.cat([value.flatten() for value in delta_W(state, config).values()]))
-    return np.array(losses), torch.stack([d / torch.linalg.norm(d) for d in map(torch.Tensor.flatten, deltas)])
+            directions.append(direction(state, config))
+    return np.array(losses), torch.stack(directions)
 
 
-def test_bf16_is_within_the_spread_of_separate_runs(tmp_path):
-    """Repeated from first values that bfloat16 can hardly tell apart (2^-8 is its last digit)."""
-    base = model_of("llama").bfloat16()
-    configs = run_configs(precision="bf16")
+def direction(state, config):
+    flat = torch.cat([value.flatten() for value in delta_W(state, config).values()])
+    return flat / torch.linalg.norm(flat)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["bf16", "mixed-bf16"])
+def test_bf16_is_within_the_spread_of_repeated_separate_runs(tmp_path, kind, precision):
+    """In bfloat16 one bit that falls the other way shows in the third digit of later losses, whatever made it fall."""
+    base = model_of(kind)
+    if precision == "bf16":
+        base = base.bfloat16()
+    configs = run_configs(precision=precision)
     packed, seen = train_together(copy.deepcopy(base), configs, text_rows(), text_rows(6, 9))
-    repeats = [train_bf16(base, configs, tmp_path, nudge) for nudge in (0.0, 2**-8)]
     ours = np.array([[r.train_loss for r in told.steps] for told in seen])
-    spread = max(np.abs(a - b).mean() for a, _ in repeats for b, _ in repeats)
-    assert np.abs(ours - repeats[0][0]).mean() <= spread
-    mine = [
-        torch.cat([v.flatten() for v in delta_W(parameters(row), c).values()])
-        for row, c in zip(packed, configs, strict=True)
-    ]
-    mine = torch.stack([d / torch.linalg.norm(d) for d in mine])
-    widest = max(torch.linalg.norm(a - b) for _, a in repeats for _, b in repeats)
-    assert torch.linalg.norm(mine - repeats[0][1]) <= widest
+    mine = torch.stack([direction(parameters(row), config) for row, config in zip(packed, configs, strict=True)])
+    repeats = [train_padded(base, configs, tmp_path, padding) for padding in (0, 16, 24, 40)]
+    pairs = list(itertools.combinations(repeats, 2))
+    widest = max(np.abs(a - b).mean() for (a, _), (b, _) in pairs)
+    assert np.mean([np.abs(ours - a).mean() for a, _ in repeats]) <= widest < 0.01
+    widest = max(torch.linalg.norm(a - b) for (_, a), (_, b) in pairs)
+    assert np.mean([torch.linalg.norm(mine - a) for _, a in repeats]) <= widest < 0.05
 
 
 def test_padding_is_exactly_zero_throughout():
