@@ -182,12 +182,19 @@ def accuracy() -> pd.DataFrame:
     return _accuracy(str(ledger().home))
 
 
+@st.cache_data(ttl=10, max_entries=8, show_spinner=False)
+def _prediction_errors(home: str) -> dict[str, list[float]]:
+    from lora_engine.runs import prediction_errors
+
+    return prediction_errors(_ledger(home))
+
+
 def interval() -> calc.Interval | None:
     """What this machine's runs say about predictions: those on its card where there are enough, else those on its
     CPU; None with too few of either."""
-    errors = accuracy()
+    errors = _prediction_errors(str(ledger().home))
     for kind in ("allocated", "tracked"):
-        found = calc.calibrate(list(errors["error_percent"][errors["kind"] == kind]))
+        found = calc.calibrate(errors.get(kind, []))
         if found is not None:
             return found
     return None

@@ -1,6 +1,13 @@
 """The ledger of runs and tidy tables from it. Torch-free."""
 
-from lora_engine.runs.frames import accuracy_frame, evals_frame, records_frame, runs_frame, steps_frame
+from lora_engine.runs.frames import (
+    accuracy_frame,
+    evals_frame,
+    prediction_errors,
+    records_frame,
+    runs_frame,
+    steps_frame,
+)
 from lora_engine.runs.home import default_home
 from lora_engine.runs.ledger import Ledger
 from lora_engine.runs.processes import is_alive, this_process
@@ -16,6 +23,7 @@ __all__ = [
     "evals_frame",
     "finite_only",
     "is_alive",
+    "prediction_errors",
     "records_frame",
     "runs_frame",
     "steps_frame",

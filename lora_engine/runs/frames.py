@@ -112,8 +112,21 @@ def records_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
 def accuracy_frame(ledger: Ledger) -> pd.DataFrame:
     """One row a finished run whose peak was predicted before it started and measured while it ran
     (ACCURACY_COLUMNS), oldest first."""
+    return _frame(_accuracy_rows(ledger), ACCURACY_COLUMNS)
+
+
+def prediction_errors(ledger: Ledger) -> dict[str, list[float]]:
+    """`error_percent` of `accuracy_frame` by kind, without a DataFrame: a first page has no time to build one."""
+    kind, error = map(list(ACCURACY_COLUMNS).index, ("kind", "error_percent"))
+    errors: dict[str, list[float]] = {}
+    for row in _accuracy_rows(ledger):
+        errors.setdefault(row[kind], []).append(row[error])
+    return errors
+
+
+def _accuracy_rows(ledger: Ledger) -> list[tuple[Any, ...]]:
     records = reversed(ledger.list_runs(status="done"))
-    return _frame([row for record in records if (row := _accuracy_row(record)) is not None], ACCURACY_COLUMNS)
+    return [row for record in records if (row := _accuracy_row(record)) is not None]
 
 
 def _frame(rows: Sequence[Sequence[Any]], columns: Mapping[str, str]) -> pd.DataFrame:

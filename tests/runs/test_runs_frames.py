@@ -7,7 +7,16 @@ import pandas as pd
 import pytest
 
 from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, TrainConfig, to_dict
-from lora_engine.runs import Ledger, accuracy_frame, evals_frame, records_frame, runs_frame, steps_frame, this_process
+from lora_engine.runs import (
+    Ledger,
+    accuracy_frame,
+    evals_frame,
+    prediction_errors,
+    records_frame,
+    runs_frame,
+    steps_frame,
+    this_process,
+)
 from lora_engine.runs.frames import ACCURACY_COLUMNS, EVAL_COLUMNS, RUN_COLUMNS, STEP_COLUMNS
 
 RESULT = {
@@ -154,6 +163,7 @@ def test_accuracy_holds_what_was_written_before_against_what_was_measured(ledger
     assert frame["reserved_bytes"][1] == 2500
     assert (frame["r"][0], frame["batch_size"][0], frame["max_length"][0]) == (8, 4, 64)
     assert math.isnan(frame["r"][1])
+    assert prediction_errors(ledger) == {"tracked": [pytest.approx(3.0)], "allocated": [pytest.approx(-5.0)]}
 
 
 def test_empty_frames_have_the_same_types(ledger: Ledger) -> None:
