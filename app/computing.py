@@ -10,39 +10,42 @@ from lora_engine.calc.compute import UTILISATION, peak_flops_per_second
 from lora_engine.calc.flops import StepFlops
 
 
+STEPS = "compute_steps"
+
+
 def show_compute(settings: Settings) -> None:
-    """One line with the figures, and a fold with where they are from."""
+    """One line with the figures; how many steps, and where the figures are from, in a fold drawn when it is opened."""
     card = calc.find_gpu(settings.card)
     if card is None:
         return
     st.subheader("Compute", anchor=False)
-    left, right = st.columns([4, 1], vertical_alignment="center")
-    steps = int(
-        right.number_input("Steps", 1, 10_000_000, 1000, step=100, key="compute_steps", persist_state="session")
-    )
+    steps = int(st.session_state.get(STEPS, 1000))
     flops = step_flops(settings)
     memory = cache.memory(settings.model, settings.method, settings.precision, settings.memory_options)
     moved = 2 * settings.accumulation * memory.terms["weights"]
     seconds = calc.estimate_step_seconds(flops.total, card, settings.precision, moved_bytes=moved)
     energy = calc.estimate_energy_watt_hours(steps * seconds, card)
-    left.markdown(
+    st.markdown(
         f"A step takes **{format_flops(flops.total)}**, {format_flops(flops.per_token)} a token: about "
         f"**{format_duration(seconds)}** on {settings.card} at {format_number(100 * UTILISATION)} % of its peak. "
         f"{plural(steps, 'step')}: {format_duration(steps * seconds)} and at most "
         f"**{format_watt_hours(energy)}**."
     )
-    with st.expander("Where these figures are from"):
-        rate = peak_flops_per_second(card, settings.precision)
-        st.markdown(
-            f"Forward {format_flops(flops.forward)}, backward {format_flops(flops.backward)}"
-            + (f", forward again for checkpointing {format_flops(flops.recomputed)}" if flops.recomputed else "")
-            + f", over {plural(flops.tokens, 'token')}. A frozen weight costs 2 operations a token forward and 2 back; "
-            "a trained one 2 more. "
-            f"{settings.card}: {format_flops(rate)} a second in {settings.precision} by its data sheet, "
-            f"{card.power_watts} W at most. A step is never shorter than reading "
-            f"{format_bytes(moved)} of weights from its memory. Small models and batches reach far less than "
-            f"{format_number(100 * UTILISATION)} %; runs on the Fine-tune page show what yours reaches."
-        )
+    fold = st.expander("How many steps, and where these figures are from", key="compute", on_change="rerun")
+    if fold.open:
+        with fold:
+            st.number_input("Steps", 1, 10_000_000, 1000, step=100, key=STEPS, persist_state="session", width=240)
+            rate = peak_flops_per_second(card, settings.precision)
+            st.markdown(
+                f"Forward {format_flops(flops.forward)}, backward {format_flops(flops.backward)}"
+                + (f", forward again for checkpointing {format_flops(flops.recomputed)}" if flops.recomputed else "")
+                + f", over {plural(flops.tokens, 'token')}. A frozen weight costs 2 operations a token forward and 2 "
+                "back; a trained one 2 more. "
+                f"{settings.card}: {format_flops(rate)} a second in {settings.precision} by its data sheet, "
+                f"{card.power_watts} W at most. A step is never shorter than reading "
+                f"{format_bytes(moved)} of weights from its memory. Small models and batches reach far less than "
+                f"{format_number(100 * UTILISATION)} %; runs on the Fine-tune page show what yours reaches."
+            )
 
 
 def step_flops(settings: Settings) -> StepFlops:

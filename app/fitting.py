@@ -65,8 +65,9 @@ def show_fits(settings: Settings) -> None:
     if card["verdict"] != "yes":
         _changes(settings, room)
     card_chips(rows, settings.card)
-    with st.expander("Allocated, reserved, card memory: what is what?"):
-        st.markdown(MEMORY_KINDS.format(kept=format_bytes(calc.gpus.RESERVED_BYTES)))
+    fold = st.expander("Allocated, reserved, card memory: what is what?", key="memory_kinds", on_change="rerun")
+    if fold.open:
+        fold.markdown(MEMORY_KINDS.format(kept=format_bytes(calc.gpus.RESERVED_BYTES)))
 
 
 def _limits(settings: Settings, room: int) -> None:

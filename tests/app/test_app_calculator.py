@@ -187,6 +187,9 @@ def test_compute_is_a_line_with_its_card_and_utilisation():
 
     assert format_flops(flops.total) in line
     assert format_duration(seconds) in line
+    app.session_state["compute"] = True  # the fold, open
+    app.run()
+    assert "by its data sheet" in texts(app)
     app.number_input(key="compute_steps").set_value(50).run()
     assert "50 steps" in next(str(m.value) for m in app.markdown if "A step takes" in str(m.value))
 
