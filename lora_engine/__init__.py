@@ -7,9 +7,13 @@
 
 Training runs in worker processes: `lora_engine.runs.Ledger` and `lora_engine.executors.LocalExecutor`."""
 
-from lora_engine.calc import count_parameters, estimate_memory, load_shape, select_modules
+from typing import TYPE_CHECKING, Any
+
 from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.errors import LoraExplorerError
+
+if TYPE_CHECKING:
+    from lora_engine.calc import count_parameters, estimate_memory, load_shape, select_modules
 
 __version__ = "0.1.0"
 
@@ -26,3 +30,12 @@ __all__ = [
     "load_shape",
     "select_modules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The calculator's functions, imported when they are asked for: the server and the workers start without them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lora_engine import calc
+
+    return getattr(calc, name)
