@@ -9,7 +9,6 @@ from lora_engine import calc
 from lora_engine.calc.compute import UTILISATION, peak_flops_per_second
 from lora_engine.calc.flops import StepFlops
 
-
 STEPS = "compute_steps"
 
 

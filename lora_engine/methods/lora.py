@@ -25,8 +25,8 @@ class _LowRankLinear(torch.autograd.Function):
     """h = x W0^T + bias + s (x A^T) B^T with W0 frozen (core.forward and core.backward).
 
     One node instead of five: x is saved once, beside s A x^T (r, n), from which B's gradient follows without another
-    scaling; no gradient of W0 is ever formed and the two products of each direction are added in place. A packed W0 is dequantised in
-    forward and again in backward."""
+    scaling; no gradient of W0 is ever formed and the two products of each direction are added in place. A packed W0 is
+    dequantised in forward and again in backward."""
 
     @staticmethod
     def forward(

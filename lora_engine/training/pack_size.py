@@ -7,10 +7,11 @@ stop rising.
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -24,7 +25,8 @@ from lora_engine.training.pack_step import PackedSteps, PackRow
 WORTH = 1.03
 # Of the free memory; allocators need room between tensors.
 USED_SHARE = 0.9
-TIMED_STEPS = 2
+# A probe times so many steps, or fewer that are long enough to tell.
+TIMED_STEPS, ENOUGH_SECONDS = 3, 0.2
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def choose_pack_size(
     """The pack size for `rows` on the bare base `model`, which stays as it is. `free_bytes` (None: asked of the device)
     is what tensors beside the base may take.
 
-    The rows of the highest ranks are tried, the dearest packs there can be. Packs are made even: 18 rows that could
-    go 16 at a time go 9 and 9."""
+    The rows of the highest ranks are tried, the dearest packs there can be. Of all ways to cut `rows` into even packs
+    the one that takes least is chosen: 9 rows that go best 8 at a time go 9 at once, not 5 and 4."""
     if not rows:
         raise ValueError("rows is empty; allowed: at least one")
     dearest = sorted(rows, key=lambda row: -row.method.r)
@@ -84,10 +86,27 @@ def choose_pack_size(
         size = min(2 * size, most)
         if size in seconds:
             break
-    best = max((n for n in seconds if n <= most), key=lambda n: _rate(seconds, n))
-    if best > 1 and _rate(seconds, best) < WORTH * _rate(seconds, 1):
-        best = 1
-    return PackPlan(even_size(len(rows), best), seconds, peaks, _reason(best, len(rows), most, limit, seconds))
+    size, step_seconds = _cut(len(rows), {n: s for n, s in seconds.items() if n <= most})
+    if size > 1 and len(rows) * seconds[1] < WORTH * step_seconds:
+        size = 1
+    gain = len(rows) * seconds[1] / max(step_seconds, 1e-9)
+    return PackPlan(size, seconds, peaks, _reason(size, len(rows), most, limit, gain))
+
+
+def _cut(num_rows: int, seconds: Mapping[int, float]) -> tuple[int, float]:
+    """The size of even packs of `num_rows` rows whose steps take least together, and what they take. A pack's size
+    lies within those measured; between two of them seconds are taken to be linear."""
+    sizes = sorted(seconds)
+    known = [seconds[size] for size in sizes]
+
+    def together(num_packs: int) -> float:
+        each, more = divmod(num_rows, num_packs)
+        low, high = np.interp((each, each + 1), sizes, known)
+        return float((num_packs - more) * low + more * high)
+
+    fewest = -(-num_rows // sizes[-1])
+    best = min(range(fewest, num_rows + 1), key=together)
+    return -(-num_rows // best), together(best)
 
 
 def probe_pack(
@@ -106,10 +125,10 @@ def probe_pack(
         lrs = [lr_at(row.config.train, 0) for row in fresh]
         with memory.watch():
             steps.step(at, lrs)
-        times = []
-        for k in range(timed):
+        times: list[float] = []
+        while len(times) < timed and sum(times) < ENOUGH_SECONDS:
             began = time.perf_counter()
-            steps.step([k + 1] * len(fresh), lrs)
+            steps.step([len(times) + 1] * len(fresh), lrs)
             times.append(time.perf_counter() - began)
         probe = Probe(min(times, default=0.0), memory.peak_bytes, memory.peak_bytes - before)
     except (RuntimeError, MemoryError) as error:
@@ -159,13 +178,12 @@ def _rate(seconds: dict[int, float], size: int) -> float:
     return size / max(seconds[size], 1e-9)
 
 
-def _reason(best: int, rows: int, most: int, limit: str, seconds: dict[int, float]) -> str:
-    gain = _rate(seconds, best) / _rate(seconds, 1)
-    if best == 1:
+def _reason(size: int, rows: int, most: int, limit: str, gain: float) -> str:
+    if size == 1:
         if rows == 1:
             return "there is one run"
         return limit or "one run fills the machine: a larger pack trains no more configs a second"
-    if best == rows:
+    if size == rows:
         return f"all {rows} together are {gain:.1f} times as fast as one after another"
-    because = limit if best == most and limit else "a larger pack trains no more configs a second"
-    return f"{best} together are {gain:.1f} times as fast as one after another; {because}"
+    because = limit if limit and size >= even_size(rows, most) else "a larger pack trains no more configs a second"
+    return f"{size} together are {gain:.1f} times as fast as one after another; {because}"

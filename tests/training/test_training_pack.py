@@ -14,7 +14,6 @@ from lora_engine import methods
 from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.data import IGNORED, Encoded
 from lora_engine.errors import ConfigError
-from lora_engine.methods import lora
 from lora_engine.methods.packed import pack_of
 from lora_engine.methods.places import task_head_parameters
 from lora_engine.methods.quantized import quantize_model

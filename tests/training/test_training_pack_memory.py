@@ -122,8 +122,17 @@ def test_the_size_grows_while_configs_a_second_rise(monkeypatch):
     assert all(ranks[0] == 9 for ranks in asked)  # the dearest
     assert plan.seconds_by_size == {1: 1.1, 2: 1.2, 4: 1.4, 8: 0.35 * 8}
     assert plan.bytes_by_size == {1: 1100, 2: 1200, 4: 1400, 8: 1800}
-    assert plan.size == 4  # 21 rows: six packs of at most 4
-    assert "4 together are 3.1 times as fast" in plan.reason
+    assert plan.size == 7  # three packs; smaller ones would take no less
+    assert "7 together are 3.1 times as fast" in plan.reason
+
+
+def test_rows_are_cut_into_the_packs_that_take_least(monkeypatch):
+    # A row more than 8 costs more than it should, two packs would cost more still.
+    fake_probe(monkeypatch, lambda n: 1.0 + 0.1 * n + 0.2 * (n > 8), lambda n: n)
+    assert choose(pack_rows([4] * 9)).size == 9
+    # 12 rows in one pack overflow a cache: 6 and 6.
+    fake_probe(monkeypatch, lambda n: 1.0 + 0.1 * n if n <= 8 else n, lambda n: n)
+    assert choose(pack_rows([4] * 12)).size == 6
 
 
 def test_packs_are_made_even(monkeypatch):
