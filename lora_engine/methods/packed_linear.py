@@ -17,7 +17,7 @@ class _PackedLinear(torch.autograd.Function):
 
     Saved: x, and s_i A_i x_i^T (N, R, n), from which B's gradient follows without another scaling. Products are taken
     with the rank in front, and B is kept so too: a CPU's small GEMMs run up to four times as fast that way round.
-    scaling keeps its own type: in bfloat16, to which a separate run's is never rounded, it would be off by up to 2^-9."""
+    scaling keeps its own type, as a separate run's does: in bfloat16 it would be off by up to 2^-9."""
 
     @staticmethod
     def forward(
