@@ -9,6 +9,7 @@ from formatting import format_duration, format_loss, format_number, format_perce
 from lora_engine.sweeps import (
     EarlyExitBill,
     SweepSpec,
+    estimate_alone_seconds,
     estimate_packed_sweep_seconds,
     estimate_sweep_seconds,
     find_throughput,
@@ -35,10 +36,11 @@ def took_seconds(frame: pd.DataFrame) -> float | None:
 def sequential_estimate(spec: SweepSpec, frame: pd.DataFrame, earlier: pd.DataFrame) -> tuple[float, str]:
     """(seconds for the whole grid one run after another, what that is taken from): from the step that was measured
     alone before packing, else from earlier runs, else the stated guess."""
-    probed = frame["alone_step_seconds"].notna().any()
-    throughput = find_throughput(spec.base, frame if probed else earlier)
-    basis = "from a step measured alone, before packing" if probed else throughput.basis
-    return estimate_sweep_seconds(spec, throughput=throughput), basis
+    seconds = estimate_alone_seconds(spec, frame)
+    if seconds is not None:
+        return seconds, "from a step measured alone, before packing"
+    throughput = find_throughput(spec.base, earlier)
+    return estimate_sweep_seconds(spec, throughput=throughput), throughput.basis
 
 
 def time_sentence(spec: SweepSpec | None, frame: pd.DataFrame, earlier: pd.DataFrame) -> str:

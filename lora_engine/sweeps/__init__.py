@@ -8,6 +8,7 @@ from lora_engine.sweeps.spec import SweepSpec, evaluated_at_quarters, expand_gri
 from lora_engine.sweeps.timing import (
     PackedEstimate,
     Throughput,
+    estimate_alone_seconds,
     estimate_packed_sweep_seconds,
     estimate_run_seconds,
     estimate_sweep_seconds,
@@ -27,6 +28,7 @@ __all__ = [
     "best_over",
     "cancel_sweep",
     "early_exit_bill",
+    "estimate_alone_seconds",
     "estimate_packed_sweep_seconds",
     "estimate_run_seconds",
     "estimate_sweep_seconds",

@@ -83,6 +83,16 @@ def estimate_sweep_seconds(
     return repeats * sum(estimate_run_seconds(config, throughput=throughput) for config in configs)
 
 
+def estimate_alone_seconds(spec: SweepSpec, frame: pd.DataFrame) -> float | None:
+    """Seconds for the grid of a packed sweep had its runs gone one after another, from its own runs (`frame`): each
+    one's steps at what a step took alone before packing, and an equal share of what the sweep did beside its steps.
+    None: no step was measured alone."""
+    if not frame["alone_step_seconds"].notna().any():
+        return None
+    timed = _timed_runs(frame)
+    return spec.num_runs * float(timed["wall_seconds"].mean()) if len(timed) else None
+
+
 @dataclass(frozen=True)
 class PackedEstimate:
     """Seconds of a packed sweep, and in words how it is known."""

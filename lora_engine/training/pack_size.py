@@ -25,8 +25,8 @@ from lora_engine.training.pack_step import PackedSteps, PackRow
 WORTH = 1.03
 # Of the free memory; allocators need room between tensors.
 USED_SHARE = 0.9
-# A probe times so many steps, or fewer that are long enough to tell.
-TIMED_STEPS, ENOUGH_SECONDS = 3, 0.2
+# A probe times so many steps, of long ones fewer: at least two, for so many seconds.
+TIMED_STEPS, ENOUGH_SECONDS = 5, 0.2
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def probe_pack(
         with memory.watch():
             steps.step(at, lrs)
         times: list[float] = []
-        while len(times) < timed and sum(times) < ENOUGH_SECONDS:
+        while len(times) < timed and (len(times) < 2 or sum(times) < ENOUGH_SECONDS):
             began = time.perf_counter()
             steps.step([len(times) + 1] * len(fresh), lrs)
             times.append(time.perf_counter() - began)

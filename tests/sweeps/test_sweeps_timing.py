@@ -9,6 +9,7 @@ from lora_engine.config import DataConfig, FullConfig, LoraConfig, RunConfig, Tr
 from lora_engine.errors import ModelConfigError
 from lora_engine.sweeps import (
     SweepSpec,
+    estimate_alone_seconds,
     estimate_packed_sweep_seconds,
     estimate_run_seconds,
     estimate_sweep_seconds,
@@ -158,3 +159,12 @@ def test_a_share_of_a_pack_is_never_taken_for_a_run_alone() -> None:
     assert find_throughput(config(), frame(packed())).flops_per_second == pytest.approx(2000)
     assert find_throughput(config(), frame(packed(alone_step_seconds=float("nan")))).num_runs == 0
     assert find_throughput(config(), frame(packed(), past(pack_size=1.0))).num_runs == 2
+
+
+@pytest.mark.usefixtures("_simple_flops")
+def test_one_after_another_is_what_the_sweeps_own_runs_would_take_alone() -> None:
+    # Ten steps of 0.2 s and of 0.4 s; of the sweep's 6 s four are beside the steps, one a run.
+    runs = frame(packed(), packed(), packed(alone_step_seconds=0.4), packed(alone_step_seconds=0.4))
+    spec = SweepSpec(base=config(), rs=(4, 8), lora_alphas=(8,), lrs=(1e-3,), seeds=(0, 1))
+    assert estimate_alone_seconds(spec, runs) == pytest.approx((2 + 1) * 2 + (4 + 1) * 2)
+    assert estimate_alone_seconds(spec, frame(packed(alone_step_seconds=float("nan")))) is None
