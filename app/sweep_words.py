@@ -34,11 +34,11 @@ def took_seconds(frame: pd.DataFrame) -> float | None:
 
 
 def sequential_estimate(spec: SweepSpec, frame: pd.DataFrame, earlier: pd.DataFrame) -> tuple[float, str]:
-    """(seconds for the whole grid one run after another, what that is taken from): from the step that was measured
-    alone before packing, else from earlier runs, else the stated guess."""
+    """(seconds for the whole grid one run after another, what that is taken from): from the speed-up that was
+    measured before packing, else from earlier runs, else the stated guess."""
     seconds = estimate_alone_seconds(spec, frame)
     if seconds is not None:
-        return seconds, "from a step measured alone, before packing"
+        return seconds, "from the speed-up measured before packing"
     throughput = find_throughput(spec.base, earlier)
     return estimate_sweep_seconds(spec, throughput=throughput), throughput.basis
 

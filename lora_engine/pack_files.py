@@ -26,14 +26,14 @@ class Entry:
     """Runs that train together, in order, and the file of their tensors. One run: it trains alone.
 
     `stage` counts the rungs of early exit behind it, after each of which packs form anew; `size` and `reason` are what
-    was found when their size was chosen, `alone_step_seconds` what a step of one took then."""
+    was found when their size was chosen, `times_faster` how much faster than one after another they were then."""
 
     file: str
     run_ids: tuple[str, ...]
     stage: int = 0
     size: int = 1
     reason: str = ""
-    alone_step_seconds: float | None = None
+    times_faster: float | None = None
 
 
 @dataclass(frozen=True)

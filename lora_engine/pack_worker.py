@@ -1,7 +1,6 @@
 """A pack as the ledger sees it: every row's steps, cancels and ends, checkpoints, and what goes on after kill -9."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -87,10 +86,10 @@ class PackWorker:
         names = {row.name for row in rows}
         for entry in self.files.entries():
             if entry.stage < stage and names & set(entry.run_ids):
-                return Entry("", (), stage, entry.size, entry.reason, entry.alone_step_seconds)
+                return Entry("", (), stage, entry.size, entry.reason, entry.times_faster)
         self._note(sorted(names), "finding the size of packs")
         plan = plan_size(loaded, rows, self.packed)
-        return Entry("", (), stage, plan.size, plan.reason, plan.seconds_by_size.get(1))
+        return Entry("", (), stage, plan.size, plan.reason, plan.times_faster)
 
     def _row(self, run_id: str, config: RunConfig) -> PackRow:
         if run_id not in self.rows:
@@ -171,8 +170,7 @@ class PackWorker:
                 after=texts[i] if texts else None,
                 alone=self.alone.get(_rank_key(row)),
             )
-            pack: dict[str, Any] = {"reason": entry.reason, "alone_step_seconds": entry.alone_step_seconds}
-            result["pack"] = result["pack"] | pack
+            result["pack"] = result["pack"] | {"reason": entry.reason, "alone_step_seconds": _alone_step(row, entry)}
             finish(self.ledger, self.ledger.get_run(row.name), result)
             self.over(row.name, "done", pending)
 
@@ -251,6 +249,14 @@ class _Watch:
                 worker.let_go(row.name)
                 stop(worker.ledger, worker.ledger.get_run(row.name))
                 worker.over(row.name, "cancelled", self.pending)
+
+
+def _alone_step(row: PackRow, entry: Entry) -> float | None:
+    """Seconds that a step of the row would have taken by itself: its share of the pack's, which were as slow as the
+    machine was busy, times what sharing was found to gain."""
+    if entry.times_faster is None or not row.state.step:
+        return None
+    return entry.times_faster * row.state.seconds / row.state.step
 
 
 def _rank_key(row: PackRow) -> tuple[str, int]:

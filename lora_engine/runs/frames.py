@@ -65,7 +65,7 @@ RUN_COLUMNS = {
     "pack_size": "float64",  # runs that shared its passes, itself included; 1 where it was trained alone in a sweep
     "pack_reason": "str",  # why so many: what was measured, or what forbids packing
     "pack_seconds": "float64",  # spent in steps by the whole pack; `seconds` is the run's share
-    "alone_step_seconds": "float64",  # what a step of one run took by itself, as probed before packing
+    "alone_step_seconds": "float64",  # what a step would have taken by itself: its share, times the gain probed before
     "early_exit_step": "float64",  # where early exit dropped it, also if it was trained to the end afterwards
     "early_exit_loss": "float64",  # its evaluation loss there
     "created": "datetime64[us, UTC]",

@@ -85,8 +85,8 @@ def estimate_sweep_seconds(
 
 def estimate_alone_seconds(spec: SweepSpec, frame: pd.DataFrame) -> float | None:
     """Seconds for the grid of a packed sweep had its runs gone one after another, from its own runs (`frame`): each
-    one's steps at what a step took alone before packing, and an equal share of what the sweep did beside its steps.
-    None: no step was measured alone."""
+    one's steps at what a step would have taken alone, and an equal share of what the sweep did beside its steps. None:
+    nobody measured what sharing gains."""
     if not frame["alone_step_seconds"].notna().any():
         return None
     timed = _timed_runs(frame)
@@ -142,7 +142,7 @@ def _pack_size(frame: pd.DataFrame) -> "pd.Series[Any]":
 
 
 def _timed_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
-    """Done runs with the seconds that they take alone: of packed ones what was probed, else they tell nothing.
+    """Done runs with the seconds that they take alone: of packed ones at the speed-up probed, else they tell nothing.
 
     A worker claims many runs of a sweep at once, so each one's wall time holds its waiting for others: what a run did
     beside its steps is an equal share of what the sweep did."""

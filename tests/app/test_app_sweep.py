@@ -94,7 +94,7 @@ def test_packed_runs_say_that_theirs_is_a_share(home):
     for run_id, config in runs:
         finish(home, run_id, config, 4.0, pack=pack)
     text = texts(open_page("views/sweep.py", sweep=sweep_id))
-    assert "(estimate from a step measured alone, before packing)" in text
+    assert "(estimate from the speed-up measured before packing)" in text
     assert "2 runs shared each pass over the base." in text
     assert "an equal share of its pack's time" in text
     assert "one training step of one run of that rank by itself. A whole pack took 300 MiB at its peak." in text

@@ -103,7 +103,7 @@ def test_the_total_time_stands_beside_the_sequential_estimate():
     # 40 steps of 0.5 s alone; of the 130 s of the sweep 98 were beside its steps, 6.125 s a run.
     frame = grid(pack_size=8.0, alone_step_seconds=0.5, wall_seconds=130.0, **PLACE)
     assert sweep_words.time_sentence(spec(), frame, frame) == (
-        "**16 runs in 2 min 10 s**; one after another about 6 min 58 s (estimate from a step measured alone, before "
+        "**16 runs in 2 min 10 s**; one after another about 6 min 58 s (estimate from the speed-up measured before "
         "packing). 8 runs shared each pass over the base."
     )
     change(frame, [0], pack_size=1)

@@ -124,6 +124,7 @@ def test_the_size_grows_while_configs_a_second_rise(monkeypatch):
     assert plan.bytes_by_size == {1: 1100, 2: 1200, 4: 1400, 8: 1800}
     assert plan.size == 7  # three packs; smaller ones would take no less
     assert "7 together are 3.1 times as fast" in plan.reason
+    assert plan.times_faster == pytest.approx(21 * 1.1 / (3 * 2.45))
 
 
 def test_rows_are_cut_into_the_packs_that_take_least(monkeypatch):
@@ -147,6 +148,7 @@ def test_one_after_another_where_packing_does_not_pay(monkeypatch):
     plan = choose(pack_rows([4] * 8))
     assert (plan.size, len(asked)) == (1, 2)
     assert "one run fills the machine" in plan.reason
+    assert plan.times_faster == 1
     assert choose(pack_rows([4])).size == 1
 
 

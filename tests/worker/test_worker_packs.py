@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lora_engine import pack_worker
 from lora_engine.assets_path import asset_path
 from lora_engine.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_engine.executors import InlineExecutor
+from lora_engine.pack_files import Entry
 from lora_engine.runs import Ledger, runs_frame, steps_frame
 from lora_engine.sweeps import SweepSpec, resume_sweep, start_sweep
+from lora_engine.training.loop import LoopState
+from lora_engine.training.pack_step import PackRow
 
 STEPS, LR = 4, 1e-2
 CONFIG = RunConfig(
@@ -72,6 +76,12 @@ def test_packed_and_one_after_another_give_the_same(home):
     assert not ledger.pack_folder(sweep_id).exists()
     frame = runs_frame(ledger, sweep_id)
     assert list(frame["pack_size"]) == [4.0] * 4
+
+
+def test_a_step_alone_is_the_share_of_the_packs_step_times_what_packing_gains():
+    row = PackRow("a", CONFIG, LoopState(step=10, seconds=0.5))
+    assert pack_worker._alone_step(row, Entry("0", ("a",), times_faster=3.0)) == pytest.approx(0.15)
+    assert pack_worker._alone_step(row, Entry("0", ("a",))) is None
 
 
 def test_classifiers_have_the_head_of_their_seed(home, tmp_path):
