@@ -8,8 +8,9 @@ TORCH := torch==2.13.0
 run: .venv/.installed
 	$(BIN)/lora-explorer app $(ARGS)
 
+# Two at a time: more would not speed up two cores, and every worker holds a torch of its own.
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-# Before torch is imported: two small threads beat a crowd on a small machine.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported: two small threads beat a crowd on a small machine, one where two tests run at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -253,8 +253,8 @@ def direction(state, config):
     return flat / torch.linalg.norm(flat)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("precision", ["bf16", "mixed-bf16"])
+@pytest.mark.parametrize(("kind", "precision"), [("llama", "bf16"), ("gpt2", "mixed-bf16")])
+@pytest.mark.usefixtures("one_thread")
 def test_bf16_is_within_the_spread_of_repeated_separate_runs(tmp_path, kind, precision):
     """In bfloat16 one bit that falls the other way shows in the third digit of later losses, whatever made it fall."""
     base = model_of(kind)
@@ -264,7 +264,7 @@ def test_bf16_is_within_the_spread_of_repeated_separate_runs(tmp_path, kind, pre
     packed, seen = train_together(copy.deepcopy(base), configs, text_rows(), text_rows(6, 9))
     ours = np.array([[r.train_loss for r in told.steps] for told in seen])
     mine = torch.stack([direction(parameters(row), config) for row, config in zip(packed, configs, strict=True)])
-    repeats = [train_padded(base, configs, tmp_path, padding) for padding in (0, 16, 24, 40)]
+    repeats = [train_padded(base, configs, tmp_path, padding) for padding in (0, 16, 24)]
     pairs = list(itertools.combinations(repeats, 2))
     widest = max(np.abs(a - b).mean() for (a, _), (b, _) in pairs)
     assert np.mean([np.abs(ours - a).mean() for a, _ in repeats]) <= widest < 0.01
