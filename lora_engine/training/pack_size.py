@@ -23,6 +23,9 @@ from lora_engine.training.pack_step import PackedSteps, PackRow
 
 # A larger pack has to be this much faster; less is noise.
 WORTH = 1.03
+# Of two ways to cut that take within so much of each other, which a short probe hardly tells apart, the smaller packs:
+# they need less memory and are done sooner.
+CLOSE = 1.05
 # Of the free memory; allocators need room between tensors.
 USED_SHARE = 0.9
 # A probe times so many steps, of long ones fewer: at least two, for so many seconds.
@@ -96,8 +99,8 @@ def choose_pack_size(
 
 
 def _cut(num_rows: int, seconds: Mapping[int, float]) -> tuple[int, float]:
-    """The size of even packs of `num_rows` rows whose steps take least together, and what they take. A pack's size
-    lies within those measured; between two of them seconds are taken to be linear."""
+    """The size of even packs of `num_rows` rows whose steps take least together, and what they take; of those that
+    take about as little the smallest. It lies within the sizes measured, between which seconds are taken as linear."""
     sizes = sorted(seconds)
     known = [seconds[size] for size in sizes]
 
@@ -107,8 +110,10 @@ def _cut(num_rows: int, seconds: Mapping[int, float]) -> tuple[int, float]:
         return float((num_packs - more) * low + more * high)
 
     fewest = -(-num_rows // sizes[-1])
-    best = min(range(fewest, num_rows + 1), key=together)
-    return -(-num_rows // best), together(best)
+    seconds_by_count = {count: together(count) for count in range(fewest, num_rows + 1)}
+    least = min(seconds_by_count.values())
+    count = max(count for count, total in seconds_by_count.items() if total <= CLOSE * least)
+    return -(-num_rows // count), seconds_by_count[count]
 
 
 def probe_pack(

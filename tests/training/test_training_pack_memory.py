@@ -122,9 +122,9 @@ def test_the_size_grows_while_configs_a_second_rise(monkeypatch):
     assert all(ranks[0] == 9 for ranks in asked)  # the dearest
     assert plan.seconds_by_size == {1: 1.1, 2: 1.2, 4: 1.4, 8: 0.35 * 8}
     assert plan.bytes_by_size == {1: 1100, 2: 1200, 4: 1400, 8: 1800}
-    assert plan.size == 7  # three packs; smaller ones would take no less
-    assert "7 together are 3.1 times as fast" in plan.reason
-    assert plan.times_faster == pytest.approx(21 * 1.1 / (3 * 2.45))
+    assert plan.size == 5  # larger ones would take no less: four packs of 4 and one of 5
+    assert "5 together are 3.1 times as fast" in plan.reason
+    assert plan.times_faster == pytest.approx(21 * 1.1 / (4 * 1.4 + 1.75))
 
 
 def test_rows_are_cut_into_the_packs_that_take_least(monkeypatch):
