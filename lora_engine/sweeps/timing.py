@@ -1,5 +1,6 @@
 """How long will it take? From earlier runs where there are any, else from a stated guess."""
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ def estimate_packed_sweep_seconds(spec: SweepSpec, frame: pd.DataFrame | None = 
         return None
     latest = rows[rows["sweep_id"] == rows["sweep_id"].iloc[-1]]
     flops = sum(_flops_of_row(row) for row in latest.to_dict("records"))
-    beside = max(0.0, float(latest["wall_seconds"].max() - latest["seconds"].sum())) / len(latest)
+    beside = _seconds_beside(latest)
     configs = expand_grid(spec)[: len(spec.rs)]
     sequences = train.batch_size * train.accumulation
     step_flops = sum(_step_flops(c.model, c.method, sequences, train.max_length) for c in configs)
@@ -151,13 +152,22 @@ def _timed_runs(frame: pd.DataFrame | None) -> pd.DataFrame:
     if not in_sweep.any():
         return done
     alone = (done["alone_step_seconds"] * done["steps"]).where(done["pack_size"] > 1, done["seconds"])
-    swept = done[in_sweep].groupby("sweep_id")
-    beside = ((swept["wall_seconds"].max() - swept["seconds"].sum()) / swept.size()).clip(lower=0.0)
+    beside = {sweep_id: _seconds_beside(rows) for sweep_id, rows in done[in_sweep].groupby("sweep_id")}
     wall = alone + done["sweep_id"].map(beside)
     done = done.assign(
         seconds=done["seconds"].where(~in_sweep, alone), wall_seconds=done["wall_seconds"].where(~in_sweep, wall)
     )
     return done[done["seconds"].notna()]
+
+
+def _seconds_beside(rows: pd.DataFrame) -> float:
+    """What the runs of one sweep took beside their steps, an equal share each. Their groups begin one after another,
+    and a sweep may have been interrupted: only time in which one of them was on its way counts."""
+    on_the_way, until = 0.0, -math.inf
+    for began, ended in sorted(zip(rows["started_seconds"], rows["finished_seconds"], strict=True)):
+        on_the_way += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return max(0.0, on_the_way - float(rows["seconds"].sum())) / len(rows)
 
 
 def _done_runs(frame: pd.DataFrame | None) -> pd.DataFrame:

@@ -181,7 +181,9 @@ def test_what_a_grid_will_take():
 
 
 def test_a_grid_that_shares_passes_is_predicted_from_the_latest_one():
-    earlier = grid(pack_size=8.0, pack_seconds=16.0, wall_seconds=40.0, alone_step_seconds=0.5, **PLACE)
+    earlier = grid(
+        pack_size=8.0, pack_seconds=16.0, wall_seconds=40.0, finished_seconds=140.0, alone_step_seconds=0.5, **PLACE
+    )
     whole = sweep_words.predicted_words(spec(), earlier)
     # The same grid again: 32 s in steps, 8 s beside them.
     assert whole.startswith("sharing passes about 40 s (from 16 runs of this model on this data")

@@ -47,6 +47,7 @@ def past(**changes: Any) -> dict[str, Any]:
     row = {
         "status": "done", "model": "embedded", "data_path": "/a.csv", "device": "cpu", "method": "lora", "r": 4.0,
         "targets": "all-linear", "steps": 10, "batch_size": 2, "max_length": 50, "seconds": 2.0, "wall_seconds": 7.0,
+        "started_seconds": 100.0, "finished_seconds": 107.0,
     }  # fmt: skip
     return row | changes
 
@@ -123,6 +124,7 @@ def test_a_sweep_is_the_sum_of_its_runs() -> None:
 def packed(size: float = 4, **changes: Any) -> dict[str, Any]:
     """A done run of `config()` in a pack: 10 steps of 400 FLOPs, its share 0.5 s, 2 s for the pack."""
     row = past(seconds=0.5, wall_seconds=6.0, sweep_id="s1", pack_size=size, pack_seconds=2.0, alone_step_seconds=0.2)
+    row["finished_seconds"] = 106.0
     return row | changes
 
 
@@ -168,3 +170,7 @@ def test_one_after_another_is_what_the_sweeps_own_runs_would_take_alone() -> Non
     spec = SweepSpec(base=config(), rs=(4, 8), lora_alphas=(8,), lrs=(1e-3,), seeds=(0, 1))
     assert estimate_alone_seconds(spec, runs) == pytest.approx((2 + 1) * 2 + (4 + 1) * 2)
     assert estimate_alone_seconds(spec, frame(packed(alone_step_seconds=float("nan")))) is None
+    # Two of them began when the others were done; a pause of an hour lay between.
+    later = {"started_seconds": 3706.0, "finished_seconds": 3712.0}
+    runs = frame(packed(), packed(), packed(**later), packed(**later))
+    assert estimate_alone_seconds(spec, runs) == pytest.approx(4 * (2 + (12 - 2) / 4))
