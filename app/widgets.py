@@ -14,6 +14,7 @@ from model_picker import URL, choose_model, model_word
 from state import Settings
 
 from lora_engine import calc
+from lora_engine.calc.devices import default_precision
 from lora_engine.config import OPTIMIZERS, PRECISIONS, LoraConfig
 from lora_engine.errors import InputError
 
@@ -25,7 +26,8 @@ def sidebar() -> Settings:
     state.restore_address()
     with st.sidebar:
         model, unknown = choose_model()
-        precision = st.selectbox("Precision", PRECISIONS, key=state.PRECISION, bind=URL)
+        usual = PRECISIONS.index(default_precision("auto"))
+        precision = st.selectbox("Precision", PRECISIONS, index=usual, key=state.PRECISION, bind=URL)
         st.select_slider("Rank (r)", state.RANKS, value=8, key=state.R, bind=URL, on_change=state.keep_ratio_callback)
         st.number_input("Scaling (alpha)", 0.01, 1e6, 16.0, step=1.0, format="%g", key=state.ALPHA, bind=URL)
         ratio = st.container()

@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 def kernels_of(device: str) -> str:
@@ -24,6 +26,12 @@ def has_cuda() -> bool:
     return _torch_has_cuda() and _num_cards() > 0
 
 
+def default_precision(device: str) -> str:
+    """ "bf16" where a run's `device` is a CUDA card whose tensor cores compute in it (Ampere, compute capability 8.0,
+    and later), else "fp32"."""
+    return "bf16" if kernels_of(device) == "cuda" and has_cuda() and _compute_capability() >= (8, 0) else "fp32"
+
+
 def _torch_has_cuda() -> bool:
     found = find_spec("torch")
     if found is None or found.origin is None:
@@ -39,12 +47,35 @@ def _num_cards() -> int:
     """Cards that the driver's management library counts; 0 where CUDA_VISIBLE_DEVICES hides all of them."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return 0
-    name = "nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(name)
-        if library.nvmlInit_v2() == 0:
-            count = ctypes.c_uint()
-            done = library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-            library.nvmlShutdown()
-            return count.value if done == 0 else 0
+    with _nvml() as library:
+        count = ctypes.c_uint()
+        if library is not None and library.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
+            return count.value
     return 0
+
+
+def _compute_capability() -> tuple[int, int]:
+    """Of the driver's first card; (0, 0) where that cannot be asked."""
+    with _nvml() as library:
+        card, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        if (
+            library is not None
+            and library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(card)) == 0
+            and library.nvmlDeviceGetCudaComputeCapability(card, ctypes.byref(major), ctypes.byref(minor)) == 0
+        ):
+            return major.value, minor.value
+    return 0, 0
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """The driver's management library while it is open; None where there is none."""
+    library = None
+    with contextlib.suppress(OSError, AttributeError):
+        found = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
+        library = found if found.nvmlInit_v2() == 0 else None
+    try:
+        yield library
+    finally:
+        if library is not None:
+            library.nvmlShutdown()

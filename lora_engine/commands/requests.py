@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_engine.assets_path import asset_path
 from lora_engine.calc import parse_targets
+from lora_engine.calc.devices import default_precision
 from lora_engine.calc.predict import RowFacts, row_facts
 from lora_engine.config import (
     BATCH,
@@ -76,9 +77,18 @@ def loop_of(arguments: argparse.Namespace, rows: RowFacts, *, lr: float, seed: i
         batch_size=batch_size if arguments.batch is None else arguments.batch,
         max_length=arguments.seq,
         seed=seed,
-        precision=arguments.precision,
+        precision=precision_of(arguments),
         device=arguments.device,
     )
+
+
+def precision_of(arguments: argparse.Namespace) -> str:
+    """As asked, else as fits the device; float32 where every weight is trained, or methods are compared: the small
+    steps of full fine-tuning are lost in bfloat16 weights."""
+    if arguments.precision:
+        return str(arguments.precision)
+    trains_all = "methods" in arguments or getattr(arguments, "method", "") == "full"
+    return "fp32" if trains_all else default_precision(arguments.device)
 
 
 def file_of(path: str) -> Path:
