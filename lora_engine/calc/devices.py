@@ -54,6 +54,7 @@ def _num_cards() -> int:
     return 0
 
 
+@cache
 def _compute_capability() -> tuple[int, int]:
     """Of the driver's first card; (0, 0) where that cannot be asked."""
     with _nvml() as library:

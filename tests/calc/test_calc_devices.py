@@ -36,6 +36,12 @@ class Driver:
         return 0
 
 
+def forget():
+    """What was asked of the machine before."""
+    devices.has_cuda.cache_clear()
+    devices._compute_capability.cache_clear()
+
+
 @pytest.fixture
 def driver(monkeypatch):
     """A machine with a card of this compute capability and a torch for it."""
@@ -45,11 +51,11 @@ def driver(monkeypatch):
         monkeypatch.setattr(ctypes, "CDLL", lambda _name: made)
         monkeypatch.setattr(devices, "_torch_has_cuda", lambda: True)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        devices.has_cuda.cache_clear()
+        forget()
         return made
 
     yield install
-    devices.has_cuda.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp32")])
@@ -66,9 +72,9 @@ def test_float32_without_a_card(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     monkeypatch.setattr(devices, "_torch_has_cuda", lambda: True)
-    devices.has_cuda.cache_clear()
+    forget()
     assert {devices.default_precision(device) for device in ("auto", "cuda", "cpu")} == {"fp32"}
-    devices.has_cuda.cache_clear()
+    forget()
 
 
 def test_what_was_asked_for_counts_and_full_fine_tuning_keeps_float32(driver):
