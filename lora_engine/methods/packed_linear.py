@@ -34,21 +34,21 @@ class _PackedLinear(torch.autograd.Function):
         size = len(A)
         packed = isinstance(base, QuantizedLinear)
         weight = base.dequantize(rows.dtype) if isinstance(base, QuantizedLinear) else base
-        a, b, s = A.to(rows.dtype), B.to(rows.dtype), scaling
-        low = torch.bmm(a, rows.view(size, -1, rows.shape[1]).transpose(1, 2)).mul_(s)
+        a, b = A.to(rows.dtype), B.to(rows.dtype)
+        low = torch.bmm(a, rows.view(size, -1, rows.shape[1]).transpose(1, 2)).mul_(scaling)
         h = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         h.view(size, -1, h.shape[1]).baddbmm_(low.transpose(1, 2), b.transpose(1, 2))
-        ctx.save_for_backward(rows, low, None if packed else weight, a, b, s)
+        ctx.save_for_backward(rows, low, None if packed else weight, a, b, scaling)
         ctx.packed, ctx.factors = base if packed else None, (A, B)
         return h
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        rows, low, weight, a, b, s = ctx.saved_tensors
+        rows, low, weight, a, b, scaling = ctx.saved_tensors
         size = len(a)
         g = grads[0]
         x3, g3 = rows.view(size, -1, rows.shape[1]), g.reshape(size, -1, g.shape[1])
-        g_low = torch.bmm(b.transpose(1, 2), g3.transpose(1, 2)).mul_(s)  # (N, R, n)
+        g_low = torch.bmm(b.transpose(1, 2), g3.transpose(1, 2)).mul_(scaling)  # (N, R, n)
         A, B = ctx.factors
         A.grad.add_(torch.bmm(g_low, x3))
         B.grad.add_(torch.bmm(low, g3).transpose(1, 2))
